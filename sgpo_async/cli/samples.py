@@ -5,8 +5,9 @@
     sgpo-async samples runs/demo --step 40 --problem "add"
     sgpo-async samples runs/demo --last 50 --html samples.html     a page with alone and guided side by side
 
+At 120 columns and more, the completions with the strategy are beside those without it, else below them.
 Tokens of distilled completions are highlighted by the divergence between the guided and the unguided distribution:
-yellow from 0.1 nats, red from 1. Tokens that the mask of Eq. 5 removes from the loss are struck through.
+yellow from 0.1 nats, red from 1. Tokens that are not distilled, although their completion is, are struck through.
 """
 
 from __future__ import annotations
@@ -43,11 +44,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the groups. Raises SgpoError if there are none."""
     from rich.console import Console
 
-    from sgpo_async.cli.sample_text import render
+    from sgpo_async.cli.sample_text import LEGEND, render
     from sgpo_async.files import write_whole
     from sgpo_async.metrics.samples import SAMPLES, read_samples
-    from sgpo_async.report.completions import mask_bound, samples_page
-    from sgpo_async.report.page import read_config
+    from sgpo_async.report.completions import samples_page
 
     for name, least in (("last", 1), ("chars", 0), ("width", 40)):
         value = getattr(args, name)
@@ -61,14 +61,15 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         raise SgpoError(f"{path}: none of {len(samples)} groups fits; {_steps(samples)}")
     chosen = found if args.step is not None else found[-args.last :]
-    bound = mask_bound(read_config(args.folder / "config.yaml"))
     if args.html:
-        write_whole(args.html, samples_page(args.folder.resolve().name, chosen, bound=bound, chars=args.chars))
+        write_whole(args.html, samples_page(args.folder.resolve().name, chosen, chars=args.chars))
         print(f"{len(chosen)} {'group' if len(chosen) == 1 else 'groups'}: {args.html}")
         return 0
     console = Console(markup=False, emoji=False, highlight=False, width=args.width)
     for sample in chosen:
-        console.print(render(sample, chars=args.chars, bound=bound))
+        console.print(render(sample, chars=args.chars))
+    if any("kl" in rollout for sample in chosen for rollout in sample["rollouts"]):
+        console.print(LEGEND, style="dim")
     return 0
 
 

@@ -28,7 +28,7 @@ from sgpo_async.experiments.plan import Result, best_rates, final, tuning
 from sgpo_async.files import write_whole
 
 COMMON = b"common_configuration"  # key of the file's metadata
-LEVEL = 19  # of zstd: slow to write, but as fast to read as lower levels
+LEVEL = 11  # of Brotli: slow to write, but as fast to read as lower levels
 FOR_READERS = ("id", "cells", "base", "seed", "lag", "learning_rate")  # columns that can be derived
 # Keys that every point of a curve has, even if the value is None; their values are exact.
 EXACT = {"step": pa.int64(), "rollouts": pa.int64(), "auto": pa.float64(), "guided": pa.float64()}
@@ -54,8 +54,12 @@ def write_trials(path: Path, results: Mapping[str, Result], experiments: Sequenc
     columns["curve"] = _curves([row["curve"] for row in rows])
     table = pa.table(columns).replace_schema_metadata({COMMON: _sorted(common)})
     sink = pa.BufferOutputStream()
-    # Nearly all numbers differ, so dictionaries of them would only make the file larger.
-    pq.write_table(table, sink, compression="zstd", compression_level=LEVEL, use_dictionary=False)
+    # Nearly all numbers differ, so dictionaries of them would only make the file larger. Their first bytes are alike.
+    fields = table.schema.field("curve").type.value_type.fields
+    split = {f"curve.list.element.{one.name}": "BYTE_STREAM_SPLIT" for one in fields if one.type == pa.float32()}
+    pq.write_table(
+        table, sink, compression="brotli", compression_level=LEVEL, use_dictionary=False, column_encoding=split
+    )
     write_whole(path, sink.getvalue().to_pybytes())
 
 

@@ -7,7 +7,7 @@ Therefore the division of sequences over micro-batches and ranks cannot change t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
@@ -91,6 +91,8 @@ class Batch:
     metrics: tuple[Mapping[str, float], ...]  # one mapping for each task, with keys from PROBLEM_METRICS
     forward_only: int  # tokens in forwards without gradient: for the teacher and for corrected pass rates
     stale: int = 0  # tokens of the chosen rollouts that are not trained because they are too old
+    # By task and slot of a rollout that the teacher reads after the completion of a sibling: the slot of that sibling.
+    siblings: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 class LeftOut(NamedTuple):
@@ -128,6 +130,7 @@ def from_shard(
     keys = [(rollout.task, rollout.slot) for rollout in shard.rollouts]
     ratios = dict(zip(keys, log_rho, strict=True)) if log_rho is not None else None
     trained = []
+    siblings: dict[tuple[int, int], int] = {}
     for task, group in groupby(shard.rollouts, key=lambda rollout: rollout.task):
         rollouts = tuple(group)
         autonomous = tuple(rollout for rollout in rollouts if not rollout.guided)
@@ -142,6 +145,8 @@ def from_shard(
             mask_cut=left_out.cut,
         )
         trained.append(objective(task_group, algorithm))
+        own = {slot: context.sibling for slot, context in task_group.contexts.items()}
+        siblings |= {(task, slot): sibling for slot, sibling in own.items() if sibling is not None}
     chosen = [
         item for task in trained for item in (_without_uniform if left_out.uniform else list)(task.policy_gradient)
     ]
@@ -149,6 +154,7 @@ def from_shard(
     items: list[PolicyGradient | Distillation] = [*chosen, *distilled]
     taken = {(item.rollout.task, item.rollout.slot): item.rollout for item in items}  # each once
     policy_gradient, targets = _fresh(chosen, left_out.older), _fresh(distilled, left_out.older)
+    read = [item.rollout for item in targets] + [item.rollout for item in policy_gradient if item.context]
     teachers = [item.teacher for item in targets] if algorithm.teacher != "behaviour" else []
     rescored = [rollout_after(rollout.prompt, rollout) for rollout in shard.rollouts] if ratios else []
     return Batch(
@@ -162,6 +168,7 @@ def from_shard(
         metrics=tuple(task.metrics for task in trained),
         forward_only=sum(tokens.length for tokens in teachers + rescored),
         stale=sum(_stale_tokens(rollout, left_out.older) for rollout in taken.values()),
+        siblings={key: siblings[key] for rollout in read if (key := (rollout.task, rollout.slot)) in siblings},
     )
 
 

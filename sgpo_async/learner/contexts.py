@@ -25,8 +25,9 @@ from sgpo_async.wire.records import Rollout
 
 log = logging.getLogger(__name__)
 
-Texts = Callable[[int, bool], Iterable[str | None]]
-"""(index of a rollout in its group, right or for contrast) -> texts of possible contexts, the preferred one first."""
+Texts = Callable[[int, bool], Iterable[tuple[str | None, int | None]]]
+"""(index of a rollout in its group, right or for contrast) -> texts of possible contexts, the preferred one first, each
+with the slot of the sibling that wrote it, if one did."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class InContext:
 
     right: np.ndarray
     wrong: tuple[np.ndarray, ...] = ()  # with contexts for contrast; none unless the objective compares with them
+    sibling: int | None = None  # slot of the rollout whose completion is the right context
 
 
 class Contexts:
@@ -57,33 +59,35 @@ class Contexts:
         texts = self._siblings(autonomous) if self._tasks.context == "sibling" else self._own_text(autonomous[0].task)
         prompt = self._prompt_of(autonomous[0].task)
 
-        def fitting(index: int, right: bool, count: int) -> list[np.ndarray]:
-            prompts = (prompt(text) for text in texts(index, right) if text)
-            return list(islice((one for one in prompts if self._has_room(one, autonomous[index])), count))
+        def fitting(index: int, right: bool, count: int) -> list[tuple[np.ndarray, int | None]]:
+            prompts = ((prompt(text), sibling) for text, sibling in texts(index, right) if text)
+            return list(islice((one for one in prompts if self._has_room(one[0], autonomous[index])), count))
 
         found = {}
         for index, rollout in enumerate(autonomous):
             right = fitting(index, True, 1)
             wrong = fitting(index, False, self._contrasts) if right else []
             if right and (wrong or not self._contrasts):
-                found[rollout.slot] = InContext(right[0], tuple(wrong))
+                (read, sibling), contrasts = right[0], tuple(one for one, _ in wrong)
+                found[rollout.slot] = InContext(read, contrasts, sibling)
         return found
 
     def _own_text(self, task: int) -> Texts:
         """The text of the task's context is that of all rollouts."""
         problem = self._task_sampler.task(task).problem
         if not self._contrasts:
-            return lambda _, right: [problem.strategy if right else None]
+            return lambda _, right: [(problem.strategy if right else None, None)]
         wrong = other_strategy(problem, lambda distance: self._task_sampler.task(task + distance).problem)
-        return lambda _, right: [problem.strategy if right else wrong]
+        return lambda _, right: [(problem.strategy if right else wrong, None)]
 
     def _siblings(self, autonomous: Sequence[Rollout]) -> Texts:
         """Completions of other rollouts; the search begins with the next one, so that a group uses many of them."""
         text = cache(lambda index: self._tokenizer.decode(autonomous[index].tokens, skip_special_tokens=True))
 
-        def texts(index: int, right: bool) -> Iterable[str]:
+        def texts(index: int, right: bool) -> Iterable[tuple[str, int]]:
             others = ((index + distance) % len(autonomous) for distance in range(1, len(autonomous)))
-            return (text(i) for i in others if autonomous[i].correct == right and autonomous[i].finish == "stop")
+            fit = (i for i in others if autonomous[i].correct == right and autonomous[i].finish == "stop")
+            return ((text(i), autonomous[i].slot) for i in fit)
 
         return texts
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -34,8 +34,15 @@ log = logging.getLogger(__name__)
 DIGITS = 4  # decimal places of a divergence
 
 
-Divergences = dict[tuple[int, int], np.ndarray]
-"""By task and slot: d_t [T] of the tokens of a distilled rollout, NaN for those that are not trained."""
+class TokenKl(NamedTuple):
+    """Of the tokens of a distilled rollout, as in `step_metrics.Distilled`."""
+
+    d: np.ndarray  # d_t [T], NaN for tokens that are not trained
+    left_out: np.ndarray  # [T] bool: tokens without a part in the loss
+
+
+Divergences = dict[tuple[int, int], TokenKl]
+"""By task and slot."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class KeptGroup:
     draw: int  # the groups with the smallest draws are kept
     rollouts: tuple[Rollout, ...]
     alpha: float
+    siblings: Mapping[int, int]  # by slot: the slot of the sibling whose completion the teacher read as the context
 
 
 class Samples:
@@ -108,13 +116,20 @@ def chosen(
     rollouts = [rollout for shard in parts for rollout in shard.rollouts]
     groups = [(task, tuple(own)) for task, own in groupby(rollouts, key=lambda rollout: rollout.task)]
     kept = [
-        KeptGroup(_draw(seed, task), rollouts, metrics["alpha"])
+        KeptGroup(_draw(seed, task), rollouts, metrics["alpha"], _siblings(task, statistics))
         for (task, rollouts), metrics in zip(groups, statistics.problems, strict=True)
     ]
     tasks = sorted({own.rollout.task for own in statistics.distilled}, key=lambda task: _draw(seed, task))[:number]
     taught = [own for own in statistics.distilled if own.rollout.task in tasks]
-    kl = {(own.rollout.task, own.rollout.slot): own.d.float().cpu().numpy() for own in taught}
+    kl = {
+        (own.rollout.task, own.rollout.slot): TokenKl(own.d.float().cpu().numpy(), own.left_out.cpu().numpy())
+        for own in taught
+    }
     return sorted(kept, key=lambda group: group.draw)[:number], kl
+
+
+def _siblings(task: int, statistics: StepMetrics) -> dict[int, int]:
+    return {slot: sibling for (other, slot), sibling in statistics.siblings.items() if other == task}
 
 
 def _draw(seed: int, task: int) -> int:
@@ -156,10 +171,13 @@ class SampleLines:
             "strategy": problem.strategy if problem else None,
             "context": self._context,
             "alpha": group.alpha,
-            "rollouts": [self._rollout(rollout, kl.get((task, rollout.slot))) for rollout in group.rollouts],
+            "rollouts": [
+                self._rollout(rollout, kl.get((task, rollout.slot)), group.siblings.get(rollout.slot))
+                for rollout in group.rollouts
+            ],
         }
 
-    def _rollout(self, rollout: Rollout, kl: np.ndarray | None) -> dict[str, Any]:
+    def _rollout(self, rollout: Rollout, kl: TokenKl | None, sibling: int | None) -> dict[str, Any]:
         line = {
             "slot": rollout.slot,
             "guided": rollout.guided,
@@ -172,10 +190,12 @@ class SampleLines:
             "ends": rollout.ends.tolist(),
             "text": self._text(rollout.tokens),
         }
+        line |= {} if sibling is None else {"sibling": sibling}
         if kl is None:
             return line
-        values = [None if math.isnan(value) else round(value, DIGITS) for value in kl.tolist()]
-        return line | {"kl": values, "pieces": pieces(self._tokenizer, rollout.tokens)}
+        values = [None if math.isnan(value) else round(value, DIGITS) for value in kl.d.tolist()]
+        left_out = np.flatnonzero(kl.left_out).tolist()
+        return line | {"kl": values, "left_out": left_out, "pieces": pieces(self._tokenizer, rollout.tokens)}
 
     def _text(self, tokens: np.ndarray) -> str:
         return decode(self._tokenizer, tokens)

@@ -44,10 +44,11 @@ MINIMA = tuple(f"{term}_min_{age}" for term in TERMS for age in AGES)
 
 
 class Distilled(NamedTuple):
-    """A distilled rollout, once for each divergence, and its d_t [T], NaN for tokens that are not trained."""
+    """A distilled rollout, once for each divergence."""
 
     rollout: Rollout
-    d: Tensor
+    d: Tensor  # d_t [T], NaN for tokens that are not trained
+    left_out: Tensor  # [T] bool: tokens without a part in the loss: not trained, or removed from the loss
 
 
 class StepMetrics:
@@ -62,6 +63,7 @@ class StepMetrics:
         self.imbalances: list[float] = []  # of each part of the batch, see `division.imbalance`; equal on every rank
         self.problems: Sequence[Mapping[str, float]] = ()  # the metrics of each problem, in the order of the shard
         self.distilled: list[Distilled] = []
+        self.siblings: dict[tuple[int, int], int] = {}  # see `Batch.siblings`
 
     def add(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the sum of that name."""
@@ -95,17 +97,21 @@ class StepMetrics:
         kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=algorithm.quantile)
         self.add(limited_kl=mass.kl.sum() - kept.sum())
 
-    def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor) -> None:
-        """Keep d_t [K, C] of these distilled rollouts, on the device, for what looks at single tokens."""
-        for rollout, values in zip(rollouts, d.detach(), strict=True):
+    def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor, removed: Tensor) -> None:
+        """Keep d_t [K, C] of these distilled rollouts, on the device, for what looks at single tokens.
+
+        `removed` [K, C]: the trained tokens that limiter or correction remove from the loss.
+        """
+        for rollout, values, zero in zip(rollouts, d.detach(), removed, strict=True):
             trained = torch.from_numpy(rollout.sampled).to(d.device)
-            whole = values.new_full(trained.shape, math.nan)
-            self.distilled.append(Distilled(rollout, whole.masked_scatter(trained, values)))
+            whole = values.new_full(trained.shape, math.nan).masked_scatter(trained, values)
+            self.distilled.append(Distilled(rollout, whole, (~trained).masked_scatter(trained, zero)))
 
     def add_batch(self, batch: Batch, imbalance: float) -> None:
         """Add the metrics of a batch, or of a part of it, that are known before any forward."""
         self.imbalances.append(imbalance)
         self.problems = (*self.problems, *batch.metrics)
+        self.siblings |= batch.siblings
         for name, value in (item for metrics in batch.metrics for item in metrics.items()):
             self.sums[f"{name}_sum"] += value
             self.sums[f"{name}_problems"] += 1

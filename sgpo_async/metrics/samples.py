@@ -7,8 +7,11 @@
     rollouts                     of each: slot, guided, reward, correct, finish, tokens (how many), text, and the weight
                                  versions that sampled its spans: versions, ends (as in `wire.records.Rollout`),
                                  and digests, the short digest of each of these versions' weights;
+                                 sibling, the slot of the rollout whose completion the teacher read as the context, if
+                                 it read one;
                                  of a distilled one also kl, the divergence d_t of each token in nats (Eq. 3; null if
-                                 the token is not distilled), and pieces, the text that each token adds
+                                 the token is not trained), left_out, the numbers from 0 of the tokens without a part in
+                                 the loss, for whatever reason, and pieces, the text that each token adds
 
 The learner's rank 0 writes the file; the command `samples` and the report read it.
 """

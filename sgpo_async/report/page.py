@@ -16,7 +16,7 @@ from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.samples import read_samples
 from sgpo_async.report.charts import GROUPS, figures
 from sgpo_async.report.closing import canary_alarm, mismatch_alarm, summarise, summary_rows
-from sgpo_async.report.completions import completions, mask_bound
+from sgpo_async.report.completions import completions
 from sgpo_async.report.document import document
 from sgpo_async.report.numbers import clock, number, percent
 
@@ -36,7 +36,7 @@ def write_report(folder: str | Path) -> Path:
     summary = summarise(lines) | read_summary(folder)
     path = folder / "report.html"
     config = read_config(folder / "config.yaml")
-    samples = completions(read_samples(folder), bound=mask_bound(config))
+    samples = completions(read_samples(folder))
     write_whole(path, _page(folder.resolve().name, lines, summary, config, samples))
     return path
 

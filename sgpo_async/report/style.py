@@ -74,7 +74,7 @@ section > p { margin: 2px 0 0; color: var(--soft); font-size: 13px; }
 .samples .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 24px; align-items: start; }
 .samples .sides table:only-child { grid-column: 1 / -1; }
 .samples .right { color: var(--c3); } .samples .wrong { color: var(--alarm); }
-mark { color: inherit; border-radius: 3px; } mark.masked { text-decoration: line-through; }
+mark { color: inherit; background: none; border-radius: 3px; } mark.left-out { text-decoration: line-through; }
 summary { cursor: pointer; color: var(--soft); margin-top: 10px; }
 """
 STYLE += "".join(f"mark.k{n} {{ background: rgb(226 116 20 / {n / SHADES:.2f}); }}\n" for n in range(1, SHADES + 1))

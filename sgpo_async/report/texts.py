@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sgpo_async.report.numbers import number
 
-Run = tuple[str, float | None]
-"""A part of a completion, and its divergence d_t in nats; None if it was not distilled."""
+LEFT_OUT = (
+    "Tokens that are struck through are not distilled: the first algorithm.distil_skip of a completion, those that "
+    "algorithm.limiter (such as the mask of Eq. 5) or algorithm.kl_correction removes from the loss, those that an "
+    "environment wrote, and stale ones with hub.stale=mask."
+)
+
+
+BEGINNING = 80  # characters of a completion that is shown in full elsewhere
+
+
+class Run(NamedTuple):
+    """A part of a completion."""
+
+    text: str
+    kl: float | None = None  # its divergence d_t in nats, if it is known
+    left_out: bool = False  # it is not distilled, although the completion is
 
 
 def runs_of(rollout: Mapping[str, Any], *, chars: int) -> list[Run]:
@@ -18,25 +32,37 @@ def runs_of(rollout: Mapping[str, Any], *, chars: int) -> list[Run]:
     Of a completion with more than `chars` characters, the middle is left out, with a note of how many; 0: never.
     """
     if "kl" in rollout:
-        runs: list[Run] = list(zip(rollout["pieces"], rollout["kl"], strict=True))
+        places = left_out_of(rollout)
+        tokens = enumerate(zip(rollout["pieces"], rollout["kl"], strict=True))
+        runs = [Run(text, kl, place in places) for place, (text, kl) in tokens]
     else:
-        runs = [(rollout["text"], None)]
-    total = sum(len(text) for text, _ in runs)
+        runs = [Run(rollout["text"])]
+    total = sum(len(run.text) for run in runs)
     if not chars or total <= chars:
         return runs
     head = _first(runs, chars // 2)
-    tail = [(text[::-1], kl) for text, kl in reversed(_first([(t[::-1], k) for t, k in reversed(runs)], chars // 2))]
-    return [*head, (f" [... {total - 2 * (chars // 2):,} characters ...] ", None), *tail]
+    tail = _backwards(_first(_backwards(runs), chars // 2))
+    return [*head, Run(f" [... {total - 2 * (chars // 2):,} characters ...] "), *tail]
+
+
+def left_out_of(rollout: Mapping[str, Any]) -> set[int]:
+    """The tokens of a distilled completion that are not distilled; of an older file only those without a divergence."""
+    missing = (place for place, kl in enumerate(rollout["kl"]) if kl is None)
+    return set(rollout.get("left_out", missing))
+
+
+def _backwards(runs: Sequence[Run]) -> list[Run]:
+    return [run._replace(text=run.text[::-1]) for run in reversed(runs)]
 
 
 def _first(runs: Iterable[Run], chars: int) -> list[Run]:
     """Return the first `chars` characters."""
     kept: list[Run] = []
-    for text, kl in runs:
+    for run in runs:
         if chars <= 0:
             break
-        kept.append((text[:chars], kl))
-        chars -= len(text)
+        kept.append(run._replace(text=run.text[:chars]))
+        chars -= len(run.text)
     return kept
 
 
@@ -61,6 +87,20 @@ def notes_of(rollout: Mapping[str, Any]) -> str:
     notes = [] if rollout["reward"] in (0, 1) else [f"reward {number(rollout['reward'])}"]
     notes += [] if rollout["finish"] == "stop" else ["cut off: max_new_tokens"]
     return ", ".join(notes)
+
+
+def sibling_note(rollout: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
+    """Return how the completion of its group begins that the teacher read as the context; "" if it read none."""
+    found = (other["text"] for other in sample["rollouts"] if other["slot"] == rollout.get("sibling"))
+    return "".join(f"context of the teacher: the completion that begins {text[:BEGINNING]!r}" for text in found)
+
+
+def distilled_note(rollout: Mapping[str, Any]) -> str:
+    """Return that a completion is distilled, and without how many of its tokens; "" if it is not."""
+    if "kl" not in rollout:
+        return ""
+    left_out = len(left_out_of(rollout))
+    return f"distilled without {left_out:,} of {len(rollout['kl']):,} tokens" if left_out else "distilled"
 
 
 def versions_of(rollout: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from sgpo_async.cli.main import main
 from sgpo_async.cli.sample_text import render
 from sgpo_async.files import to_json
 from sgpo_async.metrics.samples import SAMPLES
-from sgpo_async.report.completions import completions, mask_bound, samples_page
-from sgpo_async.report.texts import runs_of, strength
+from sgpo_async.report.completions import completions, samples_page
+from sgpo_async.report.texts import LEFT_OUT, runs_of, strength
 
 HOSTILE = [
     "\x1b[31mred\x1b[0m",
@@ -108,9 +108,9 @@ def test_tokens_are_highlighted_by_their_divergence(kl: float, colour: str | Non
 def test_the_middle_of_a_long_completion_is_left_out() -> None:
     whole = "".join(f"{i:04}" for i in range(1000))
     for one in (rollout(0, whole), rollout(2, whole, pieces=re.findall("....", whole), kl=[0.5] * 1000)):
-        assert "".join(text for text, _ in runs_of(one, chars=0)) == whole
-        assert "".join(text for text, _ in runs_of(one, chars=4000)) == whole
-        cut = "".join(text for text, _ in runs_of(one, chars=101))
+        assert "".join(run.text for run in runs_of(one, chars=0)) == whole
+        assert "".join(run.text for run in runs_of(one, chars=4000)) == whole
+        cut = "".join(run.text for run in runs_of(one, chars=101))
         assert cut == f"{whole[:50]} [... 3,900 characters ...] {whole[-50:]}"
     assert len(printed(sample(text=whole), chars=100)) < 3000
 
@@ -200,20 +200,68 @@ def test_a_page_has_the_chosen_groups_with_alone_and_guided_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, *(sample(step) for step in range(4)))
-    (tmp_path / "config.yaml").write_text("algorithm: {limiter: mask, delta: 0.5}", encoding="utf-8")
     page = tmp_path / "samples.html"
     assert main(["samples", str(tmp_path), "--last", "2", "--html", str(page)]) == 0
     assert capsys.readouterr().out == f"2 groups: {page}\n"
     html = page.read_text(encoding="utf-8")
     assert "step 2" in html and "step 3" in html and "step 1" not in html
-    assert html.count('<div class="sides">') == 2 and "more than 0.5 nats" in html
+    assert html.count('<div class="sides">') == 2 and LEFT_OUT in html
 
 
-@pytest.mark.parametrize(("limiter", "struck"), [("mask", 1), ("none", 0)])
-def test_tokens_that_the_mask_removes_are_struck_through(limiter: str, struck: int) -> None:
-    group = sample(0, rollouts=[rollout(0, "ab", guided=True, kl=[0.4, 0.6], pieces=["a", "b"])])
-    bound = mask_bound({"algorithm": {"limiter": limiter, "delta": 0.5}})
-    assert samples_page("run", [group], bound=bound, chars=0).count(' masked"') == struck
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    console.print(render(group, chars=0, bound=bound))
-    assert console.file.getvalue().count("\x1b[9;") + console.file.getvalue().count(";9m") == struck
+@pytest.mark.parametrize(
+    ("written", "struck", "note"),
+    [
+        ({"left_out": [0, 2]}, ["a", "c"], "distilled without 2 of 4 tokens"),
+        ({"left_out": [0]}, ["a"], "distilled without 1 of 4 tokens"),
+        ({"left_out": [], "kl": [0.0, 0.4, 0.6, 0.0]}, [], "distilled"),
+        ({}, ["a"], "distilled without 1 of 4 tokens"),  # of an older file
+    ],
+)
+def test_tokens_that_are_not_distilled_are_struck_through(
+    written: dict[str, Any], struck: list[str], note: str
+) -> None:
+    known = {"kl": [None, 0.4, 0.6, 0.0], "pieces": list("abcd")} | written
+    group = sample(0, rollouts=[rollout(0, "none", guided=True), rollout(1, "abcd", guided=True, **known)])
+    page = samples_page("run", [group], chars=0)
+    assert re.findall(r'<mark class="[^"]*\bleft-out" title="[^"]*not distilled">(\w)</mark>', page) == struck
+    assert page.count('left-out"') == len(struck) and f"<i>{note}</i>" in page
+    assert re.findall(r"\x1b\[9(?:;\d+)*m(.)", printed(group, terminal=True)) == struck
+    assert f"{note};" in printed(group)
+
+
+def test_the_marks_of_tokens_remain_where_the_middle_is_left_out() -> None:
+    one = rollout(0, "", guided=True, kl=[0.5] * 9, pieces=["ab"] * 9, left_out=[1, 8])
+    cut = runs_of(one, chars=8)
+    assert [(run.text, run.left_out) for run in cut if run.kl] == [("ab", False), ("ab", True)] * 2
+
+
+@pytest.mark.parametrize(("width", "beside"), [(140, True), (120, True), (119, False), (80, False)])
+def test_alone_and_guided_are_side_by_side_where_the_terminal_is_wide(width: int, beside: bool) -> None:
+    text = "a long completion " * 20
+    lines = printed(sample(text=text), width=width).splitlines()
+    assert all(cell_len(line) <= width for line in lines)
+    (alone,) = (line for line in lines if "alone: 0 of 2 correct" in line)
+    assert ("with the strategy: 1 of 2 correct" in alone) == beside
+    assert " ".join(lines).count("completion") >= 4 * 20, "nothing is cut off"
+    only = printed(sample(rollouts=[rollout(0, text)]), width=width).splitlines()
+    assert max(map(cell_len, only[4:])) > width - 20, "a single side has the whole width"
+
+
+def test_the_completion_that_the_teacher_read_as_the_context_is_shown() -> None:
+    taught = distilled("wrong answer") | {"slot": 1, "guided": False, "sibling": 0}
+    group = sample(rollouts=[rollout(0, "<b>12</b>\nis the answer", reward=1.0), taught, rollout(2, "other")])
+    note = "context of the teacher: the completion that begins"
+    text = re.sub(r"\s+", " ", printed(group, width=200))
+    assert text.count(note) == 1 and f"{note} '<b>12</b>\\nis the answer'" in text
+    page = completions([group])
+    assert page.count(note) == 1 and "&lt;b&gt;12" in page.split(note)[1] and "<b>12" not in page
+    assert note not in printed(sample()) + completions([sample()])
+
+
+def test_what_the_marks_mean_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, sample(1), sample(2))
+    main(["samples", str(tmp_path), "--last", "2", "--width", "100"])
+    assert re.sub(r"\s+", " ", capsys.readouterr().out).count("Tokens that are struck through are not distilled") == 1
+    write(tmp_path, sample(1, rollouts=[rollout(0, "no"), rollout(2, "no")]))
+    main(["samples", str(tmp_path)])
+    assert "struck through" not in capsys.readouterr().out

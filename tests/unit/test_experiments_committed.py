@@ -17,7 +17,7 @@ from sgpo_async.experiments.tables import write_tables
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "results" / "experiments"
-PENDING = {"family-chains", "family-lag-8", "smollm2"}  # shipped, and not run yet
+PENDING = {"smollm2"}  # shipped, and not run yet
 FILES = sorted(file for file in (ROOT / "configs" / "experiments").glob("*.yaml") if file.stem not in PENDING)
 FIGURE = re.compile(r"\]\(([^)]*\.svg)\)")
 

@@ -333,7 +333,7 @@ def test_stale_tokens_are_not_distilled_if_they_are_masked() -> None:
     statistics = whole.accumulate(whole.batch(cases.shard_of(parts, problems=4)))
     alpha = {group[0].task: own["alpha"] for group, own in zip(parts, statistics.problems, strict=True)}
     expected, targets = 0.0, 0
-    for rollout, d in statistics.distilled:
+    for rollout, d, _ in statistics.distilled:
         task = rollout.task
         fresh = torch.from_numpy(rollout.token_versions() >= OLDEST)
         expected += alpha[task] * float(d[fresh].sum()) / len(d) / 4

@@ -123,9 +123,10 @@ def test_quotes_of_a_context_that_only_the_teacher_reads() -> None:
 def test_the_divergence_of_each_class_is_the_mean_over_its_trained_tokens() -> None:
     classes = {"numbers": r"\d+", "seven": "7", "hints": "hint"}
     found = Patterns(Learner(token_classes=classes), TOKENIZER)
+    kept = torch.zeros(3, dtype=torch.bool)
     distilled = [
-        Distilled(rollout(3, 2, 1), torch.tensor([0.5, 2.0, 0.25])),
-        Distilled(rollout(4, 2, 0), torch.tensor([1.5, math.nan, 0.75])),
+        Distilled(rollout(3, 2, 1), torch.tensor([0.5, 2.0, 0.25]), kept),
+        Distilled(rollout(4, 2, 0), torch.tensor([1.5, math.nan, 0.75]), kept),
     ]
     # "7" belongs to the first class that it matches, and so "seven" has no token; the second hint is not trained.
     assert found.reduce(distilled) == {

@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from sgpo_async.cli.sample_text import render
-from sgpo_async.config.schema import Learner, Run
+from sgpo_async.config.schema import Correction, Learner, Run
+from sgpo_async.learner.contexts import InContext
 from sgpo_async.learner.process_group import join_alone
 from sgpo_async.learner.samples import Samples, chosen, decode, pieces
 from sgpo_async.learner.step import Stepper
 from sgpo_async.metrics.samples import read_samples
 from sgpo_async.model.folder import load_tokenizer, model_folder
-from sgpo_async.report.texts import versions_of
+from sgpo_async.report.texts import sibling_note, versions_of
 from sgpo_async.tasks.sources import source_of
 from sgpo_async.tasks.task_sampler import derived_seed
 from sgpo_async.wire.records import OBSERVED, Rollout, Shard
@@ -73,7 +74,7 @@ def test_the_divergences_are_those_of_the_loss() -> None:
     kept, kl = chosen([shard], statistics, 4, seed=0)
     values = list(kl.values())
     assert len(values) == int(statistics.sums["targets"]) == 3  # the first group has no correct guided rollout
-    assert sum(d.sum() for d in values) == pytest.approx(float(statistics.sums["kl"]))
+    assert sum(own.d.sum() for own in values) == pytest.approx(float(statistics.sums["kl"]))
     model = cases.tiny_model()
     for group in kept:
         assert (group.alpha > 0) == any(task == group.rollouts[0].task for task, _ in kl)
@@ -85,7 +86,7 @@ def test_the_divergences_are_those_of_the_loss() -> None:
                 cases.log_probs(model, prompt, rollout.tokens).detach().numpy()
                 for prompt in (group.rollouts[0].prompt, rollout.prompt)
             )
-            np.testing.assert_allclose(kl[rollout.task, rollout.slot], forward_kl(teacher, student), rtol=1e-5)
+            np.testing.assert_allclose(kl[rollout.task, rollout.slot].d, forward_kl(teacher, student), rtol=1e-5)
 
 
 def observed(rollout: Rollout) -> Rollout:
@@ -166,9 +167,77 @@ def test_tokens_of_an_environment_have_no_divergence(tmp_path: Path) -> None:
             assert len(written["versions"]) == len(rollout.versions) and "-1" not in versions_of(written)
             if "kl" in written:
                 assert [kl is not None for kl in written["kl"]] == rollout.sampled.tolist()
+                assert set(np.flatnonzero(~rollout.sampled)) <= set(written["left_out"])
                 found += None in written["kl"]
                 assert "nats: mean" in printed(line)
     assert found
+
+
+def above(d: np.ndarray, bound: float) -> list[int]:
+    return np.flatnonzero(d > bound).tolist()
+
+
+def outside(rollout: Rollout, bound: float) -> list[int]:
+    """The tokens whose ratio of the teacher to the policy that sampled them is outside [1/bound, bound]."""
+    log_teacher = cases.log_probs(cases.tiny_model(), rollout.prompt, rollout.tokens).detach().numpy()
+    sampled = log_teacher[np.arange(len(rollout.tokens)), rollout.tokens]
+    return above(np.abs(sampled - rollout.logprobs), np.log(bound))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ({"limiter": "mask", "delta": 1.0}, lambda _, d: above(d, 1.0)),
+        ({"limiter": "quantile", "quantile": 0.5}, lambda _, d: above(d, np.quantile(d, 0.5))),
+        ({"kl_correction": Correction(mode="token-mask", bound=1.2)}, lambda rollout, _: outside(rollout, 1.2)),
+        ({"distil_skip": 2}, lambda *_: [0, 1]),
+        ({"limiter": "clamp", "delta": 0.1}, lambda *_: []),
+    ],
+)
+def test_the_tokens_without_a_part_in_the_loss_are_written(
+    algorithm: dict[str, Any], expected: Callable[[Rollout, np.ndarray], list[int]]
+) -> None:
+    plain = {"kl_correction": Correction(mode="none", bound=1.0), "distil_skip": 0, "limiter": "none"}
+    stepper, shard = trained(cases.settings(**(plain | algorithm)))
+    assert stepper.statistics is not None
+    _, kl = chosen([shard], stepper.statistics, 4, seed=0)
+    rollouts = [rollout for rollout in shard.rollouts if (rollout.task, rollout.slot) in kl]
+    found = [np.flatnonzero(kl[rollout.task, rollout.slot].left_out).tolist() for rollout in rollouts]
+    assert found == [expected(rollout, kl[rollout.task, rollout.slot].d) for rollout in rollouts]
+    assert len(found) == 3 and any(found) == (algorithm.get("limiter") != "clamp")
+    assert sum(map(len, found)) < sum(len(rollout.tokens) for rollout in rollouts)
+
+
+def after_sibling(autonomous: Sequence[Rollout]) -> dict[int, InContext]:
+    """The teacher reads every rollout but the third after the completion of the first one or, there, of the last."""
+    found = cases.right_contexts(autonomous)
+    return {slot: replace(one, sibling=0 if slot else autonomous[-1].slot) for slot, one in found.items()}
+
+
+@pytest.mark.parametrize("objective", ["sdpo", "iw-opd", "rlsd", "opsd"])
+def test_the_sibling_with_which_the_teacher_reads_a_rollout_is_written(tmp_path: Path, objective: str) -> None:
+    wrong = {"distilled": "wrong"} if objective == "opsd" else {}
+    rule = Correction(mode="none", bound=1.0)
+    run = run_of(tmp_path, samples=4)
+    run = replace(run, algorithm=cases.settings(objective=objective, kl_correction=rule, **wrong).algorithm)
+    stepper = cases.stepper(run, cases.tiny_model())
+    stepper.contexts = after_sibling  # type: ignore[assignment]
+    shard = cases.shard_of(cases.groups(), problems=4)
+    stepper.update(shard)
+    samples = Samples.start(run, resume_from=0)
+    samples.keep([shard], stepper.statistics)
+    samples.close()
+    lines = read_samples(tmp_path / "run")
+    for line in lines:
+        last = max(one["slot"] for one in line["rollouts"] if not one["guided"])
+        for one in line["rollouts"]:
+            if "sibling" in one:
+                assert not one["guided"] and one["slot"] != 2
+                assert one["sibling"] == (0 if one["slot"] else last)
+                assert sibling_note(one, line) and "context of the teacher" in printed(line)
+            if objective in ("sdpo", "opsd"):
+                assert ("sibling" in one) == ("kl" in one), "of a rollout that is not distilled, none was read"
+    assert any("sibling" in one for line in lines for one in line["rollouts"])
 
 
 def test_without_samples_nothing_is_written(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_teacher_reads_the_problem_with_the_text_of_its_context(kind: str, tok
     problem = source_of(run).training(0)
     expected = build_prompt(problem.problem, problem.strategy, tasks=run.tasks, tokenizer=tokenizer)
     assert [own.right.tolist() for own in found.values()] == [expected] * 4 and found.keys() == {0, 1, 2, 3}
-    assert all(own.wrong == () and own.right.dtype == np.int32 for own in found.values())
+    assert all(own.sibling is None and own.wrong == () and own.right.dtype == np.int32 for own in found.values())
 
 
 def test_without_a_context_the_teacher_reads_the_plain_prompt(tokenizer: Any) -> None:
@@ -178,6 +178,7 @@ def test_a_sibling_is_the_next_success_and_never_the_rollout_itself(tokenizer: A
         2: with_rollout(0),
         3: with_rollout(0),
     }
+    assert {slot: own.sibling for slot, own in found.items()} == {0: 2, 1: 2, 2: 0, 3: 0}
 
 
 @pytest.mark.parametrize(
