@@ -108,8 +108,8 @@ class Learner:
     # Regular expressions by name. The metric `patterns` has the share of the autonomous completions in which each is
     # found, e.g. {leak: "(?i)\\b(hint|strategy)\\b"}: whether the policy speaks of a context that it does not have.
     patterns: dict[str, str] = field(default_factory=dict)
-    # A completion without the strategy quotes a context if it contains this many consecutive words of it that are not in
-    # its own prompt, e.g. 3. The metric `quotes` has the share that quotes the context of its problem, and that of
+    # A completion without the strategy quotes a context if it contains this many consecutive words of it that are not
+    # in its own prompt, e.g. 3. The metric `quotes` has the share that quotes the context of its problem, and that of
     # another problem; 0: not measured.
     quoted_words: int = 0
     # Regular expressions by name, for whole tokens, e.g. {numbers: "\\s*\\d+"}. The metric `kl_classes` has the mean KL
