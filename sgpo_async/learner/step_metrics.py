@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgpo_async.algorithm import kl_mass, limit
-from sgpo_async.config.schema import Algorithm
+from sgpo_async.algorithm import kl_mass
 from sgpo_async.learner import mismatch
 from sgpo_async.learner.batch import Batch
 from sgpo_async.learner.mismatch import AGES, Mismatch
@@ -89,13 +88,11 @@ class StepMetrics:
         bins = lags.clamp(0, len(self.tokens_by_lag) - 1).flatten()
         self.tokens_by_lag.index_add_(0, bins, mask.double().flatten())
 
-    def add_kl(self, d: Tensor, mask: Tensor, algorithm: Algorithm) -> None:
-        """Add d_t [K, T] of Eq. 3, what the mask of Eq. 5 would remove, and what the limiter removes."""
-        delta, limiter = algorithm.delta, algorithm.limiter
+    def add_kl(self, d: Tensor, mask: Tensor, limited: Tensor, *, delta: float) -> None:
+        """Add d_t [K, T] of Eq. 3, what the mask of Eq. 5 would remove, and what the limiter left of it, `limited`."""
         mass = kl_mass(d, mask, delta=delta)
         self.add(tokens_kd=mass.tokens, kl=mass.kl, masked_tokens=mass.masked_tokens, masked_kl=mass.masked_kl)
-        kept = limit(d.detach(), mask, limiter=limiter, delta=delta, quantile=algorithm.quantile)
-        self.add(limited_kl=mass.kl.sum() - kept.sum())
+        self.add(limited_kl=mass.kl.sum() - limited.sum())
 
     def keep_kl(self, rollouts: Sequence[Rollout], d: Tensor, removed: Tensor) -> None:
         """Keep d_t [K, C] of these distilled rollouts, on the device, for what looks at single tokens.

@@ -178,8 +178,11 @@ class DistillationTerm:
         statistics.add(kd_loss=found.loss)
         bounded = _is_bounded(correction, log_teacher - self._log_mu, self._mask, rule)
         statistics.add_correction("kl_correction", correction, bounded, self._age)
-        statistics.add_kl(d, self._mask, self._algorithm)
-        statistics.keep_kl(self._rollouts, d, self._removed(d.detach(), correction))
+        algorithm, d = self._algorithm, d.detach()
+        limited = limit(d, self._mask, limiter=algorithm.limiter, delta=algorithm.delta, quantile=algorithm.quantile)
+        statistics.add_kl(d, self._mask, limited, delta=algorithm.delta)
+        removed = (correction == 0) | ((limited == 0) & (d != 0))  # d_t = 0 alone is no removal
+        statistics.keep_kl(self._rollouts, d, removed)
 
     def _loss(self, d: Tensor, log_teacher: Tensor) -> Tensor:
         d, log_teacher = (_unflatten(flat, self._mask) for flat in (d, log_teacher))
@@ -193,12 +196,6 @@ class DistillationTerm:
             quantile=algorithm.quantile,
         )
         return (losses * self._weights).sum()
-
-    def _removed(self, d: Tensor, correction: Tensor) -> Tensor:
-        """Whether limiter or correction remove each token from the loss: [K, T]; d_t = 0 alone is no removal."""
-        rule = self._algorithm
-        limited = limit(d, self._mask, limiter=rule.limiter, delta=rule.delta, quantile=rule.quantile)
-        return (correction == 0) | ((limited == 0) & (d != 0))
 
     def _correction(self, log_teacher: Tensor) -> Tensor:
         rule = self._algorithm.kl_correction
