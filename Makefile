@@ -97,6 +97,7 @@ lock:
 	@mv $(LOCK).new $(LOCK)
 	@touch $(STAMP)
 
+# PYTHONWARNINGS: setuptools warns of every editable installation, which newer versions of pip print.
 $(STAMP): pyproject.toml $(LOCK)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; install it (apt install python3 python3-venv) or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: $$($(PYTHON) --version) is not 3.11, 3.12 or 3.13; name one that is: make PYTHON=python3.12" >&2; exit 1; }
@@ -104,7 +105,7 @@ $(STAMP): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(TORCH_INSTALL)
-	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
 	@echo "installed in $(VENV); to use its commands: . $(VENV)/bin/activate"
 
