@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 
 from sgpo_async.config.experiment import Experiment
 from sgpo_async.config.schema import Run
-from sgpo_async.experiments.figures import MOST_BANDS
+from sgpo_async.experiments.figures import MOST_BANDS, SEEDS_FOR_BANDS
 from sgpo_async.experiments.plan import budget, cell_run, cells, tuned
 
 TABLE_NOTE = (
@@ -55,10 +55,12 @@ def learning_rates(experiment: Experiment) -> str:
     )
 
 
-def figure_notes(kinds: Collection[str]) -> list[str]:
-    """The paragraph that explains figures of these kinds; empty without figures."""
+def figure_notes(kinds: Collection[str], seeds: int) -> list[str]:
+    """The paragraph that explains figures of these kinds, over so many seeds; empty without figures."""
     sentences = [
-        f"In the figures bands are the same intervals; a figure of more than {MOST_BANDS} methods has none.",
+        f"In the figures bands are the same intervals; a figure of more than {MOST_BANDS} methods has none."
+        if seeds >= SEEDS_FOR_BANDS
+        else f"The figures show means, without intervals: those of fewer than {SEEDS_FOR_BANDS} seeds would fill them.",
         "Alpha is the weight of the distillation, in the mean over the batch; methods in which it is 0 throughout are "
         "not in its figure." * ("alpha" in kinds),
         "Each point of a measure other than the pass rate is the mean over the steps since the point before."

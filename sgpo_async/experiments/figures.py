@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SEEDS_FOR_BANDS = 3  # at least; the interval of two seeds is 12.7 standard errors to each side
 MOST_BANDS = 6  # a panel with more curves shows no intervals: their bands would hide each other
 # Distinguishable side by side, also for red-green colour blindness; the curves of the second six are dashed.
 COLOURS = (
@@ -70,10 +71,10 @@ def _draw_panel(panel: Panel, axes: Axes) -> None:
     for name, place, points in panel.curves:
         x = [rollouts for rollouts, _ in points]
         mean = [panel.factor * found.mean for _, found in points]
-        half = [panel.factor * (found.half or 0.0) for _, found in points]
         dashes = "--" if place >= len(COLOURS) // 2 else "-"
         axes.plot(x, mean, dashes, color=COLOURS[place], label=name, linewidth=1.6)
-        if not bands:
+        half = [panel.factor * (found.half or 0.0) * (found.n >= SEEDS_FOR_BANDS) for _, found in points]
+        if not bands or not any(half):
             continue
         low, high = ([_within(m + sign * h, panel.top) for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=COLOURS[place], alpha=0.08, linewidth=0)

@@ -55,7 +55,8 @@ def write_tables(experiment: Experiment, results: Mapping[str, Result], *, folde
     drawn: dict[str, dict[str, Figure]] = {}
     for setting, rows in tables.items():
         drawn[setting] = draw_setting(setting, {row.method: row.results for row in rows}, folder, experiment.figures)
-    parts += figure_notes({figure.kind for figures in drawn.values() for figure in figures.values()})
+    kinds = {figure.kind for figures in drawn.values() for figure in figures.values()}
+    parts += figure_notes(kinds, len(experiment.seeds))
     if len(experiment.settings) > 1:
         parts += ["Alone, at the end (test problems):", _overview(tables)]
     for setting, rows in tables.items():

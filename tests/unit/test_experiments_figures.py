@@ -10,6 +10,7 @@ from experiment_support import SMALL, result, write
 from sgpo_async.config.experiment import FIGURE_KINDS, MOST_CURVES, Figure, load_experiment
 from sgpo_async.errors import ConfigError
 from sgpo_async.experiments import drawings
+from sgpo_async.experiments.captions import figure_notes
 from sgpo_async.experiments.drawings import draw_setting
 from sgpo_async.experiments.figures import COLOURS, MOST_BANDS, Panel, parts
 
@@ -84,7 +85,7 @@ def labels(svg: str) -> set[str]:
 
 
 def test_a_figure_of_many_methods_is_small_and_has_no_overlapping_bands(tmp_path: Path) -> None:
-    long = [result(*(n / 13 for n in range(13)), kl_masked_mass=0.5), result(*(n / 14 for n in range(13)))]
+    long = [result(*(n / m for n in range(13)), kl_masked_mass=1 / m) for m in (13, 14, 15)]
     for count in (MOST_BANDS, MOST_BANDS + 1, MOST_CURVES):
         methods = {f"a method with a name of forty letters, {n:2}": long for n in range(count)}
         draw_setting("", methods, tmp_path)
@@ -92,6 +93,14 @@ def test_a_figure_of_many_methods_is_small_and_has_no_overlapping_bands(tmp_path
             text = (tmp_path / file).read_text()
             assert len(text) < 60_000
             assert ("fill-opacity" in text) == (count <= MOST_BANDS)
+
+
+def test_two_seeds_have_no_band(tmp_path: Path) -> None:
+    draw_setting("", {"SGPO": TWO_SEEDS, "GRPO": WITHOUT_ALPHA}, tmp_path)
+    assert not [path for path in tmp_path.glob("*.svg") if "fill-opacity" in path.read_text()]
+    assert "intervals: those of fewer than 3 seeds" in figure_notes({"curves"}, seeds=2)[0]
+    assert "bands are the same intervals" in figure_notes({"curves"}, seeds=3)[0]
+    assert figure_notes(set(), seeds=3) == []
 
 
 def test_a_name_longer_than_the_figure_is_wide_is_drawn(tmp_path: Path) -> None:
