@@ -96,11 +96,11 @@ def sibling_note(rollout: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
 
 
 def distilled_note(rollout: Mapping[str, Any]) -> str:
-    """Return that a completion is distilled, and without how many of its tokens; "" if it is not."""
+    """Return that a completion is distilled, and how many of its tokens if not all; "" if it is not."""
     if "kl" not in rollout:
         return ""
-    left_out = len(left_out_of(rollout))
-    return f"distilled without {left_out:,} of {len(rollout['kl']):,} tokens" if left_out else "distilled"
+    count, left_out = len(rollout["kl"]), len(left_out_of(rollout))
+    return f"{count - left_out:,} of {count:,} tokens distilled" if left_out else "distilled"
 
 
 def versions_of(rollout: Mapping[str, Any]) -> str:

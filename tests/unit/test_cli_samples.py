@@ -211,10 +211,10 @@ def test_a_page_has_the_chosen_groups_with_alone_and_guided_side_by_side(
 @pytest.mark.parametrize(
     ("written", "struck", "note"),
     [
-        ({"left_out": [0, 2]}, ["a", "c"], "distilled without 2 of 4 tokens"),
-        ({"left_out": [0]}, ["a"], "distilled without 1 of 4 tokens"),
+        ({"left_out": [0, 2]}, ["a", "c"], "2 of 4 tokens distilled"),
+        ({"left_out": [0]}, ["a"], "3 of 4 tokens distilled"),
         ({"left_out": [], "kl": [0.0, 0.4, 0.6, 0.0]}, [], "distilled"),
-        ({}, ["a"], "distilled without 1 of 4 tokens"),  # of an older file
+        ({}, ["a"], "3 of 4 tokens distilled"),  # of an older file
     ],
 )
 def test_tokens_that_are_not_distilled_are_struck_through(
