@@ -16,7 +16,10 @@ class Hub:
     keys: str = field(
         default="", metadata=PATH
     )  # folder of CURVE keys (`sgpo-async keys DIR`); required beyond loopback
-    max_lag: int = 2  # eta: a token is stale if it is more versions old than this; 0 is synchronous
+    # eta: a token is stale if it is more versions old than this; 0 is synchronous. Rollouts are begun only when they
+    # should end before their tokens are stale. Those that take longer are treated as hub.stale says, so that the lag in
+    # the metrics can be above this.
+    max_lag: int = 2
     # What becomes of stale tokens, the first ones of long rollouts. correct: they are trained as others, with the
     # weights of grpo_correction; mask: they are not trained; drop: their whole groups are dropped, so long rollouts are
     # lost, and what is trained is biased to short ones (docs/results: 35 % of the groups of a cluster, 78 % of tokens).
