@@ -55,8 +55,11 @@ def examine_machine(run: Run) -> tuple[list[Finding], ModelFacts | None]:
         )
     except SgpoError as error:
         return [finding_of("model", error, remedy="set model.path to a model's folder")], None
-    findings = []
+    findings: list[Finding] = []
     for name, check in MACHINE.items():
+        if any(one.check == NEEDED.get(name) and one.outcome == "failed" for one in findings):
+            findings.append(Finding(name, "not run", f"correct {NEEDED[name]} first"))
+            continue
         try:
             findings.append(Finding(name, "ok", check(run, facts)))
         except SgpoError as error:
@@ -246,6 +249,7 @@ MACHINE: Mapping[str, Check] = {
     "sglang": sglang_python,
     "weights folder": weights_folder,
 }
+NEEDED = {"prompts": "problems", "rewards": "problems"}  # not checked where the other check has failed
 REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
     "model": "use a supported architecture, or engine.kind=embedded",
     "tokenizer": "add the tokenizer's files to model.path",

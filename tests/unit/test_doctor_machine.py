@@ -164,7 +164,9 @@ def test_problems_that_cannot_be_used_are_named(
             machine.problems(settings(*own, mistake), cues)
     overrides = [f"out={tmp_path}", "hub.address=tcp://127.0.0.1:0", *own, "tasks.held_out=3"]
     assert main(["doctor", str(ROOT / "configs/demo.yaml"), *overrides]) == 2
-    assert "failed: problems: correct the file" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "failed: problems: correct the file" in printed and printed.endswith("\n1 failed\n"), printed
+    assert printed.count("correct problems first") == 2, "prompts and rewards"
 
 
 def test_the_table_fits_80_columns() -> None:
