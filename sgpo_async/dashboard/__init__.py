@@ -1,6 +1,6 @@
 """A run in a browser, read-only: `sgpo-async dashboard` (docs/dashboard.md).
 
-hub, runs/NAME ─▶ observer ─▶ RunView ─┬▶ advisories ─┐
-                                       ├▶ sections ───┴▶ server ─▶ browser
+hub, runs/NAME ─▶ observer ─▶ RunView ─┬▶ report.advisories ─┐
+                                       ├▶ sections ──────────┴▶ server ─▶ browser
                                        └▶ prometheus ──▶ server ─▶ Prometheus
 """

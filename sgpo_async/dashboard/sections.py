@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean
 from typing import Any
 
-from sgpo_async.dashboard.advisories import RECENT, Advisory
 from sgpo_async.dashboard.observer import RunView
 from sgpo_async.local.hub_rows import hub_rows
 from sgpo_async.local.remote import unknown
 from sgpo_async.logs import one_line, printable
+from sgpo_async.report.advisories import RECENT, Advisory
 from sgpo_async.report.charts import GROUPS, figures, other_figures
 from sgpo_async.report.closing import summarise, summary_rows
 from sgpo_async.report.completions import group
+from sgpo_async.report.document import with_code
 from sgpo_async.report.numbers import NONE, clock, number, percent, scientific
 from sgpo_async.report.texts import solved
 from sgpo_async.report.thin import thinned
@@ -70,7 +70,7 @@ def advisories(advice: Sequence[Advisory], run: RunView) -> str:
     """What is wrong, its evidence and its remedy."""
     rows = [
         f'<li class="{one.severity}"><b>{escape(one.what)}</b> {escape(one.evidence)}'
-        f'<span class="remedy">{_with_code(one.remedy)}</span></li>'
+        f'<span class="remedy">{with_code(one.remedy)}</span></li>'
         for one in advice
     ]
     if run.error:
@@ -78,11 +78,6 @@ def advisories(advice: Sequence[Advisory], run: RunView) -> str:
             0, f'<li class="alarm"><b>The dashboard cannot read the run</b> {escape(printable(run.error))}</li>'
         )
     return f"<ul>{''.join(rows)}</ul>" if rows else '<p class="soft">Nothing to advise.</p>'
-
-
-def _with_code(text: str) -> str:
-    """Escaped, with `...` as code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def fleet(run: RunView) -> str:

@@ -21,7 +21,6 @@ from aiohttp import web
 
 from sgpo_async.config.rules import is_loopback, url_host
 from sgpo_async.dashboard.access import Access, guard
-from sgpo_async.dashboard.advisories import Facts, advise
 from sgpo_async.dashboard.observer import Observer, RunView
 from sgpo_async.dashboard.prometheus import exposition
 from sgpo_async.dashboard.sections import curves, newest_step, samples, sections
@@ -29,6 +28,7 @@ from sgpo_async.errors import SgpoError
 from sgpo_async.files import write_whole
 from sgpo_async.logs import fields
 from sgpo_async.processes.signals import HANDLED
+from sgpo_async.report.advisories import Facts, advise
 from sgpo_async.report.style import STYLE
 
 log = logging.getLogger(__name__)

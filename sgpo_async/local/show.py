@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sgpo_async.config import Run
+from sgpo_async.config import Run, to_plain
 from sgpo_async.config.schema import CHECKPOINTS
 from sgpo_async.local.display import View
 from sgpo_async.local.live import display_on
@@ -19,6 +19,7 @@ from sgpo_async.local.watch import Watch
 from sgpo_async.logs import printable
 from sgpo_async.processes.torchrun import repeated_command
 from sgpo_async.report import final_rows, write_report
+from sgpo_async.report.advisories import advice_after
 
 POLICY = "policy"  # the learner's export, a Hugging Face folder
 
@@ -89,6 +90,8 @@ class Show:
         table.add_column()
         for row in final_rows(self._folder):
             table.add_row(*row)
+        for what, remedy in advice_after(self._watch.history, to_plain(self._settings)):
+            table.add_row("advice", f"{what}: {remedy}")
         self._console.print()
         self._console.print(table)
         if (policy := self._folder / POLICY).exists():

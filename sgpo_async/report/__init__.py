@@ -1,4 +1,4 @@
-"""Report the result of a run: its final metrics, and an HTML page with all curves."""
+"""Report the result of a run: its final metrics, what to change, and an HTML page with all curves."""
 
 from sgpo_async.report.close import close_run
 from sgpo_async.report.closing import final_rows

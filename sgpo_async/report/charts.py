@@ -57,13 +57,13 @@ class Chart:
 CHARTS = (
     Chart(
         title="Pass rate",
-        caption="Share of correct rollouts, without the strategy (autonomous) and with it (guided). Dots: held-out.",
+        caption="Share of correct rollouts: of the policy alone, and with the strategy (guided). Dots: held-out.",
         y_label="pass rate",
         share=True,
         curves=(
-            Curve(key="eval_pass_auto", name="autonomous, held-out", dots=True),
+            Curve(key="eval_pass_auto", name="alone, held-out", dots=True),
             Curve(key="eval_pass_guided", name="guided, held-out", colour=GUIDED, dots=True),
-            Curve(key="pass_auto", name="autonomous, training"),
+            Curve(key="pass_auto", name="alone, training"),
             Curve(key="pass_guided", name="guided, training", colour=GUIDED),
         ),
     ),
@@ -169,7 +169,7 @@ CHARTS = (
         ),
     ),
     Chart(
-        title="Guided against autonomous",
+        title="Guided against unguided",
         caption="Mean forward KL from the guided to the unguided distribution on distilled rollouts (Eq. 3).",
         y_label="nats per token",
         curves=(Curve(key="kl_mean", name="mean KL"),),

@@ -56,7 +56,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     wall, generated, trained = get("wall_s"), get("tokens_generated"), get("tokens_trained")
     rate = generated / wall if generated is not None and wall else None
     rows = [
-        ("held-out pass rate, autonomous", _change(get("pass_auto_first"), get("pass_auto_last"))),
+        ("held-out pass rate, alone", _change(get("pass_auto_first"), get("pass_auto_last"))),
         ("held-out pass rate, guided", _change(get("pass_guided_first"), get("pass_guided_last"))),
         *benchmark_rows(get("evaluations") or []),
         ("steps", number(get("steps")) + " (interrupted)" * bool(get("interrupted"))),

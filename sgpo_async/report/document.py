@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 
 from sgpo_async.report.style import STYLE
+
+
+def with_code(text: str) -> str:
+    """Escaped, with `...` as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def document(title: str, body: Sequence[str]) -> str:

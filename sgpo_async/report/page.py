@@ -14,10 +14,11 @@ from sgpo_async.errors import DataError
 from sgpo_async.files import write_whole
 from sgpo_async.metrics import read_metrics, read_summary
 from sgpo_async.metrics.samples import read_samples
+from sgpo_async.report.advisories import advice_after
 from sgpo_async.report.charts import GROUPS, figures
 from sgpo_async.report.closing import canary_alarm, mismatch_alarm, summarise, summary_rows
 from sgpo_async.report.completions import completions
-from sgpo_async.report.document import document
+from sgpo_async.report.document import document, with_code
 from sgpo_async.report.numbers import clock, number, percent
 
 
@@ -53,6 +54,7 @@ def _page(
         f"<header><h1>{escape(name)}</h1><p>{escape(_subtitle(summary, config))}</p></header>",
         *(_alarm(*row) for row in mismatch_alarm(summary["mismatch"])),
         *(_alarm(*row) for row in canary_alarm(summary["canary"])),
+        *(_advice(*row) for row in advice_after(lines, config)),
         f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(summary))}</div>',
         *charts_by_group(figures(lines)),
         samples,
@@ -93,7 +95,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     first, last = percent(get("pass_auto_first")), percent(get("pass_auto_last"))
     rate = (get("tokens_generated") or 0) / get("wall_s", 0) if get("wall_s") else None
     return [
-        (f"{first} → {last}", "held-out pass rate, autonomous"),
+        (f"{first} → {last}", "held-out pass rate, alone"),
         (percent(get("pass_guided_last")), "held-out pass rate, guided"),
         (number(get("lag_mean")), f"mean lag (at most {number(get('lag_max'))}) in versions"),
         (number(rate), "tokens generated per second"),
@@ -108,6 +110,10 @@ def _tile(value: str, name: str) -> str:
 
 def _alarm(name: str, text: str) -> str:
     return f'<p class="alarm"><b>{escape(name)}</b> {escape(text)}</p>'
+
+
+def _advice(what: str, remedy: str) -> str:
+    return f'<p class="alarm advice"><b>{escape(what)}</b> {with_code(remedy)}</p>'
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -26,6 +26,7 @@ h2 { font-size: 16px; margin: 0; font-weight: 600; }
 header > p { color: var(--soft); margin: 4px 0 0; }
 .alarm { background: var(--card); border: 1px solid var(--alarm); border-left-width: 5px; border-radius: 10px;
   padding: 12px 16px; margin: 24px 0 0; } .alarm b { color: var(--alarm); }
+.advice { border-color: var(--c2); margin-top: 12px; } .advice b { color: var(--c2); }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 24px 0; }
 .tile, figure, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 12px 16px; flex: 1 1 140px; }

@@ -283,6 +283,20 @@ def test_a_note_of_many_lines_takes_one_in_the_picture() -> None:
     assert len(picture(view_at(5, notes=[log]), 80)) == len(picture(view_at(5, notes=["one"]), 80))
 
 
+@pytest.mark.parametrize(("guided", "told"), [(0.9, False), (0.2, True)])
+def test_the_closing_table_and_the_report_say_what_to_change(
+    guided: float, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = Show(Run(name="run", out=str(tmp_path)))
+    lines = [line | {"pass_auto": 0.3, "pass_guided": guided} for line in synthetic_lines(30)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    show.closing()
+    output = " ".join(capsys.readouterr().out.split())
+    assert ("advice Strategies do not help: pass rate 20.0 % with strategies, 30.0 % alone" in output) == told
+    assert ("Strategies do not help" in (tmp_path / "run" / "report.html").read_text()) == told
+
+
 @pytest.mark.parametrize("text", ["[bold]", "[[x]", ":bomb:", "[x=1]"])
 def test_a_run_of_any_name_is_shown_to_its_end(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The supervisor's notes hold ends of logs; the closing table has the run's name and its folder's."""

@@ -91,6 +91,18 @@ def test_a_mismatch_alarm_is_at_the_top_and_in_the_final_metrics(tmp_path: Path)
     assert dict(final_rows(tmp_path))["MISMATCH ALARM"] == alarm
 
 
+def test_warnings_are_at_the_top_with_their_commands_as_code(tmp_path: Path) -> None:
+    lines = [line | {"pass_auto": 0.3, "pass_guided": 0.2, "tokens_dropped": 0.5} for line in synthetic_lines()]
+    write_lines(tmp_path, lines)
+    (tmp_path / "config.yaml").write_text(to_yaml(Run(steps=120, tasks=Tasks(context="response"))))
+    text, _ = page_of(tmp_path)
+    top = text[: text.index('<div class="tiles">')]
+    assert top.count('<p class="alarm advice">') == 2
+    assert "<b>Strategies do not help</b> pass rate 20.0 % with strategies, 30.0 % alone; " in top
+    assert "<code>sgpo-async samples RUN</code>" in top and "tasks.context (now response)" in top
+    assert "<b>Rollouts are dropped as stale</b>" in top
+
+
 def test_benchmarks_have_a_chart_and_final_metrics(tmp_path: Path) -> None:
     lines = synthetic_lines()
     for line in lines:
@@ -192,7 +204,7 @@ def test_the_final_metrics_come_from_the_summary_file_if_it_exists(tmp_path: Pat
         json.dumps({"steps": 3, "wall_s": 65, "pass_auto_first": 0.05, "pass_auto_last": 0.9, "tokens_generated": 6500})
     )
     rows = dict(final_rows(tmp_path))
-    assert rows["held-out pass rate, autonomous"] == "5.0 % → 90.0 %"
+    assert rows["held-out pass rate, alone"] == "5.0 % → 90.0 %"
     assert rows["tokens generated"] == "6500 (100 a second)"
     assert rows["wall time"] == "1:05"
 

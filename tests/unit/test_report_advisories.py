@@ -9,8 +9,8 @@ from synthetic_metrics import synthetic_lines
 
 from sgpo_async.cli.main import COMMANDS
 from sgpo_async.config import Run, by_key_path, to_plain
-from sgpo_async.dashboard import advisories as rules
-from sgpo_async.dashboard.advisories import EARLY, ENOUGH, RECENT, RULES, Facts, advise
+from sgpo_async.report import advisories as rules
+from sgpo_async.report.advisories import EARLY, ENOUGH, RECENT, RULES, Facts, advise
 
 SETTINGS = to_plain(Run())
 QUIET = {  # a run that needs no advice

@@ -97,6 +97,12 @@ def advise(facts: Facts) -> list[Advisory]:
     return sorted(found, key=lambda advisory: order.index(advisory.severity))
 
 
+def advice_after(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, evidence and remedy) of each warning about a run that has ended; its alarms are final metrics already."""
+    found = [advisory for advisory in advise(Facts({}, lines, settings)) if advisory.severity == "warning"]
+    return [(advisory.what, f"{advisory.evidence}; {advisory.remedy}") for advisory in found]
+
+
 def stalled(facts: Facts) -> Advisory | None:
     """Nothing has moved for hub.stall_s."""
     reason = facts.status.get("stalled")
@@ -265,7 +271,10 @@ def useless_strategies(facts: Facts) -> Advisory | None:
     if alone is None or guided is None or guided > alone + HELPS or not HARD < max(alone, guided) < LEARNED:
         return None
     evidence = f"pass rate {percent(guided)} with strategies, {percent(alone)} alone"
-    remedy = "check them: `sgpo-async strategies check FILE`; or train without: algorithm.objective=grpo"
+    remedy = (
+        "look at both sides, `sgpo-async samples RUN`, and check them, `sgpo-async strategies check FILE`; if the model "
+        f"does not follow them, change {facts.key('tasks', 'context')}, or train without: algorithm.objective=grpo"
+    )
     return Advisory("warning", "Strategies do not help", evidence, remedy)
 
 
