@@ -14,6 +14,7 @@ from sgpo_async.report.numbers import number
 from sgpo_async.report.texts import (
     LEFT_OUT,
     Run,
+    alike,
     context_of,
     distilled_note,
     notes_of,
@@ -82,9 +83,9 @@ def _rollouts(sample: Mapping[str, Any], guided: bool, heading: str, chars: int)
     table.add_column("version", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column(heading, overflow="fold")
-    for rollout in (one for one in sample["rollouts"] if one["guided"] == guided):
+    for rollout, count in alike(one for one in sample["rollouts"] if one["guided"] == guided):
         mark = Text("✓", style="green") if rollout["correct"] else Text("✗", style="red")
-        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, chars))
+        table.add_row(mark, versions_of(rollout), str(rollout["tokens"]), _completion(rollout, count, chars))
         if "kl" in rollout:
             table.add_row("", "", "", _divergences(rollout))
         if note := sibling_note(rollout, sample):
@@ -92,8 +93,8 @@ def _rollouts(sample: Mapping[str, Any], guided: bool, heading: str, chars: int)
     return table
 
 
-def _completion(rollout: Mapping[str, Any], chars: int) -> Text:
-    text, notes = text_of(runs_of(rollout, chars=chars)), notes_of(rollout)
+def _completion(rollout: Mapping[str, Any], count: int, chars: int) -> Text:
+    text, notes = text_of(runs_of(rollout, chars=chars)), notes_of(rollout, count)
     return text.append(f" [{notes}]", style="dim") if notes else text
 
 

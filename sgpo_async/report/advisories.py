@@ -272,8 +272,9 @@ def useless_strategies(facts: Facts) -> Advisory | None:
         return None
     evidence = f"pass rate {percent(guided)} with strategies, {percent(alone)} alone"
     remedy = (
-        "look at both sides, `sgpo-async samples RUN`, and check them, `sgpo-async strategies check FILE`; if the model "
-        f"does not follow them, change {facts.key('tasks', 'context')}, or train without: algorithm.objective=grpo"
+        "look at both sides, `sgpo-async samples RUN`, and check them, `sgpo-async strategies check FILE`; if the "
+        f"model does not follow them, change {facts.key('tasks', 'context')}, or train without them: "
+        "algorithm.objective=grpo"
     )
     return Advisory("warning", "Strategies do not help", evidence, remedy)
 

@@ -16,6 +16,7 @@ from sgpo_async.report.style import SHADES
 from sgpo_async.report.texts import (
     LEFT_OUT,
     Run,
+    alike,
     context_of,
     distilled_note,
     notes_of,
@@ -72,15 +73,16 @@ def group(sample: Mapping[str, Any], *, shown: bool, chars: int = CHARS) -> str:
 
 
 def _rollouts(sample: Mapping[str, Any], *, guided: bool, heading: str, chars: int) -> str:
-    own = "".join(_rollout(one, sample, chars) for one in sample["rollouts"] if one["guided"] == guided)
+    side = alike(one for one in sample["rollouts"] if one["guided"] == guided)
+    own = "".join(_rollout(one, count, sample, chars) for one, count in side)
     columns = f'<td class="n">version</td><td class="n">tokens</td><td>{_text(heading)}</td>'
     return f'<table><tr class="head"><td></td>{columns}</tr>{own}</table>' if own else ""
 
 
-def _rollout(rollout: Mapping[str, Any], sample: Mapping[str, Any], chars: int) -> str:
+def _rollout(rollout: Mapping[str, Any], count: int, sample: Mapping[str, Any], chars: int) -> str:
     right = rollout["correct"]
     mark = f'<td class="{"right" if right else "wrong"}">{"✓" if right else "✗"}</td>'
-    notes = ", ".join(filter(None, (distilled_note(rollout), notes_of(rollout))))
+    notes = ", ".join(filter(None, (distilled_note(rollout), notes_of(rollout, count))))
     lines = filter(None, (notes, sibling_note(rollout, sample)))
     note = "".join(f"<i>{_text(line)}</i>" for line in lines)
     text = "".join(_run(run) for run in runs_of(rollout, chars=chars))

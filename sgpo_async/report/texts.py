@@ -77,14 +77,30 @@ def solved(sample: Mapping[str, Any], *, guided: bool = False) -> tuple[int, int
     return sum(verdicts), len(verdicts)
 
 
+def alike(rollouts: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
+    """Return each rollout that differs from those before it in what is shown of it, and how many are like it.
+
+    Distilled completions, and those with a context of their own, are never put together.
+    """
+    shown: dict[object, tuple[Mapping[str, Any], int]] = {}
+    for rollout in rollouts:
+        alone = {"kl", "sibling"} & rollout.keys()
+        what = ("text", "correct", "reward", "finish", "tokens")
+        key = len(shown) if alone else (*(rollout[name] for name in what), versions_of(rollout))
+        first, count = shown.get(key, (rollout, 0))
+        shown[key] = first, count + 1
+    return list(shown.values())
+
+
 def context_of(sample: Mapping[str, Any]) -> str:
     """What the guided prompts of a sample hold beside the problem: the strategy, or another `tasks.context`."""
     return str(sample.get("context") or "strategy").replace("-", " ")
 
 
-def notes_of(rollout: Mapping[str, Any]) -> str:
-    """Return what else is to be said of a rollout: a reward other than 0 and 1, an end by max_new_tokens."""
-    notes = [] if rollout["reward"] in (0, 1) else [f"reward {number(rollout['reward'])}"]
+def notes_of(rollout: Mapping[str, Any], count: int = 1) -> str:
+    """Return what else is to be said of `count` rollouts: a reward other than 0 and 1, an end by max_new_tokens."""
+    notes = [f"{count} times"] if count > 1 else []
+    notes += [] if rollout["reward"] in (0, 1) else [f"reward {number(rollout['reward'])}"]
     notes += [] if rollout["finish"] == "stop" else ["cut off: max_new_tokens"]
     return ", ".join(notes)
 

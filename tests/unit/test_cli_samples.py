@@ -133,6 +133,35 @@ def test_groups_are_chosen_by_step_problem_and_outcome(tmp_path: Path, capsys: p
     assert chosen(capsys, tmp_path, "--unsolved", "--last", "9") == [2, 4, 6, 8, 8], "guided rollouts do not count"
     assert chosen(capsys, tmp_path, "--problem", "another", "--last", "9") == [8]
     assert chosen(capsys, tmp_path, "--step", "3", "--problem", "PROBLEM 3", "--solved") == [3]
+    assert chosen(capsys, tmp_path, "--distilled", "--last", "2") == [8, 8]
+    assert chosen(capsys, tmp_path, "--distilled", "--last", "9") == [2, 4, 6, 8, 8]
+
+
+def test_a_group_in_which_nothing_is_distilled_points_to_those_where_something_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [rollout(0, "one"), rollout(2, "two")]
+    hint = "No completion here is distilled; those that are: --distilled"
+    for groups, told in (([sample(1), sample(2, rollouts=plain)], True), ([sample(1, rollouts=plain)], False)):
+        write(tmp_path, *groups)
+        assert main(["samples", str(tmp_path)]) == 0
+        assert (hint in capsys.readouterr().out) == told
+    write(tmp_path, sample(1))
+    assert main(["samples", str(tmp_path)]) == 0
+    piped = capsys.readouterr().out
+    assert hint not in piped
+
+
+def test_equal_completions_are_shown_once_with_their_number() -> None:
+    same = [rollout(slot, "the same") for slot in (0, 1, 4, 5)]
+    others = [rollout(6, "the same", versions=[4]), rollout(7, "the same", tokens=8), rollout(8, "other", reward=1.0)]
+    group = sample(rollouts=[*same, *others, distilled("taught"), distilled("taught")])
+    for slot, one in enumerate(group["rollouts"]):
+        one["guided"] = slot >= 2
+    text, page = printed(group, width=200), completions([group])
+    for shown in (text, page):
+        assert shown.count("the same") == 4 and shown.count("2 times") == 2 and shown.count("other") == 1
+    assert text.count("taught") == 2 and page.count("tau<") + page.count("tau") >= 2, "each has its own divergences"
 
 
 @pytest.mark.parametrize(
@@ -196,12 +225,13 @@ def test_an_error_names_the_steps_that_there_are() -> None:
     assert _steps([sample(1), sample(2)]) == "there are groups of the steps 1 to 2"
 
 
+@pytest.mark.parametrize("default", [False, True])
 def test_a_page_has_the_chosen_groups_with_alone_and_guided_side_by_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    default: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, *(sample(step) for step in range(4)))
     page = tmp_path / "samples.html"
-    assert main(["samples", str(tmp_path), "--last", "2", "--html", str(page)]) == 0
+    assert main(["samples", str(tmp_path), "--last", "2", "--html", *([] if default else [str(page)])]) == 0
     assert capsys.readouterr().out == f"2 groups: {page}\n"
     html = page.read_text(encoding="utf-8")
     assert "step 2" in html and "step 3" in html and "step 1" not in html
@@ -258,10 +288,18 @@ def test_the_completion_that_the_teacher_read_as_the_context_is_shown() -> None:
     assert note not in printed(sample()) + completions([sample()])
 
 
-def test_what_the_marks_mean_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("colours", [True, False])
+def test_what_the_marks_mean_is_printed_once_where_there_are_colours(
+    colours: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1") if colours else monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     write(tmp_path, sample(1), sample(2))
     main(["samples", str(tmp_path), "--last", "2", "--width", "100"])
-    assert re.sub(r"\s+", " ", capsys.readouterr().out).count("Tokens that are struck through are not distilled") == 1
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    text = "Tokens that are struck through are not distilled"
+    assert re.sub(r"\s+", " ", shown).count(text) == colours
     write(tmp_path, sample(1, rollouts=[rollout(0, "no"), rollout(2, "no")]))
     main(["samples", str(tmp_path)])
     assert "struck through" not in capsys.readouterr().out
