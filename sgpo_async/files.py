@@ -19,9 +19,9 @@ FULL_BYTES = 2**16  # a disk with less free space than this counts as full
 FREE_SOME = "free some space, or choose another folder with out=DIR"
 
 
-def to_json(values: Mapping[str, Any]) -> str:
-    """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(_plain(values), allow_nan=False)
+def to_json(values: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Strict JSON, one line unless `indent` is given; NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_plain(values), allow_nan=False, indent=indent)
 
 
 def _plain(value: Any) -> Any:

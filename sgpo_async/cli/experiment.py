@@ -44,14 +44,17 @@ def run(args: argparse.Namespace) -> int:
     from sgpo_async.experiments.plan import cells, check_budget, count_tuning
     from sgpo_async.experiments.tables import check_packages
 
-    experiments = []
+    experiments, all_trials, all_to_tune = [], 0, 0
     for file in args.files:
         experiment = load_experiment(file)
         budgets = check_budget(experiment)
         count = len(cells(experiment)) * len(experiment.seeds)
         to_tune, bases = count_tuning(experiment), len(experiment.bases)
         print(f"{file}: {count} trials of {_rollouts(budgets)}, {to_tune} more to tune, {bases} bases to make")
+        all_trials, all_to_tune = all_trials + count, all_to_tune + to_tune
         experiments.append(replace(experiment, figures=None) if args.all_figures else experiment)
+    if len(experiments) > 1:
+        print(f"in all {all_trials:,} trials and {all_to_tune:,} to tune; files may share trials, which run once")
     if args.dry_run:
         return 0
     check_packages()

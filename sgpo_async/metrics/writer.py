@@ -41,7 +41,7 @@ class MetricsWriter:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Replace summary.json: the run has finished."""
-        write_whole(self.folder / SUMMARY, to_json(values) + "\n")
+        write_whole(self.folder / SUMMARY, to_json(values, indent=2) + "\n")
         self._finished = True
 
     def close(self) -> None:

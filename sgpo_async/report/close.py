@@ -25,7 +25,7 @@ def close_run(folder: Path, *, since: float) -> None:
         if not written_since(folder / METRICS, since) or not (lines := read_metrics(folder)):
             return
         if not written_since(folder / SUMMARY, since):
-            write_whole(folder / SUMMARY, to_json(summarise(lines) | {"interrupted": True}) + "\n")
+            write_whole(folder / SUMMARY, to_json(summarise(lines) | {"interrupted": True}, indent=2) + "\n")
         log.info("report: %s", write_report(folder))
     except SgpoError as error:
         log.warning("no report: %s", error)

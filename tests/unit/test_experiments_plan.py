@@ -1,11 +1,13 @@
 """Experiment files, their trials and tuned learning rates, without a process."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from experiment_support import SMALL, result, write
 
+from sgpo_async.cli.main import main
 from sgpo_async.config.experiment import Base, load_experiment
 from sgpo_async.errors import ConfigError
 from sgpo_async.experiments.identity import recipe, same_recipe
@@ -241,3 +243,13 @@ def test_a_rate_is_judged_by_the_last_quarter_of_its_curve() -> None:
     assert validation(result(0.0, 0.9, 0.2, 0.1)) == pytest.approx(0.1)
     assert validation(result(0.0, 0.9, 0.2, 0.1, 0.5, 0.5, 0.2, 0.4)) == pytest.approx(0.3)
     assert validation(result(0.0, 0.9, diverged=1)) == 0.0
+
+
+def test_a_dry_run_of_several_files_says_how_many_trials_there_are_in_all(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"configs/experiments/{name}.yaml" for name in ("clip", "warm")]
+    assert main(["experiment", files[0], "--dry-run"]) == 0
+    assert "in all" not in capsys.readouterr().out
+    assert main(["experiment", *files, "--dry-run"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    trials = [int(number) for line in lines for number in re.findall(r": (\d+) trials", line)]
+    assert len(trials) == 2 and last.startswith(f"in all {sum(trials):,} trials and ")
