@@ -139,7 +139,7 @@ def _rates(view: View, width: int) -> RenderableType:
     room = min(60, width - 56)
     if room >= 10:
         table.add_column("over the steps", no_wrap=True)
-    for name, key in (("autonomous", "pass_auto"), ("guided", "pass_guided")):
+    for name, key in (("alone", "pass_auto"), ("guided", "pass_guided")):
         cells = [name, percent(view.get(key)), percent(last.get(key)), percent(first.get(key))]
         table.add_row(*cells, *([sparkline([line.get(key) for line in view.history], room)] if room >= 10 else []))
     return table

@@ -33,7 +33,7 @@ COLLAPSED = 0.1  # of the entropy at the beginning, and ...
 LOW_ENTROPY = 0.02  # ... nats per token: nearly all tokens are certain
 EASY, HARD = 0.98, 0.01  # pass rates at which a group of eight is seldom mixed
 UNIFORM = 0.9  # share of groups of equal rewards: nine tenths of the sampled tokens give the policy gradient nothing
-LEARNED = 0.8  # pass rate alone: above, the policy has learned what the strategies say, and they need not help
+LEARNED = 0.8  # pass rate alone: above, strategies need not help any more, and the policy may be sure of itself
 HELPS = 0.01  # by which guided rollouts must be better than autonomous ones
 CUT = 0.1  # share of rollouts: more distorts the rewards of long ones
 CHARS = 300  # of a text from outside
@@ -162,7 +162,7 @@ def trainer_idle(facts: Facts) -> Advisory | None:
     if engines is not None and engines > ENGINES_IDLE:
         remedy = f"let more batches overlap: raise {facts.key('hub', 'max_lag')} or hub.batches_in_flight"
         return Advisory("warning", "Trainer and engines wait for each other", evidence, remedy)
-    remedy = "start more actors (`sgpo-async actor --hub ADDRESS`), or give each more sequences: raise "
+    remedy = "start more actors where cores or GPUs are free (`sgpo-async actor --hub ADDRESS`), or raise "
     return Advisory("warning", "Too few rollouts", evidence, remedy + facts.key("engine", "slots"))
 
 
@@ -235,7 +235,7 @@ def collapsed(facts: Facts) -> Advisory | None:
     """The policy has stopped to explore while it still fails."""
     now, first = facts.mean("entropy"), [line["entropy"] for line in facts.lines if line.get("entropy") is not None]
     solved = facts.mean("pass_auto")
-    if now is None or solved is None or solved > EASY or not first:
+    if now is None or solved is None or solved > LEARNED or not first:
         return None
     began = fmean(first[:ENOUGH])
     if now > LOW_ENTROPY or now > COLLAPSED * began:

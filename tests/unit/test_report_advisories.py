@@ -116,9 +116,9 @@ CASES: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any], str]] = [
         "rollout.temperature",
     ),
     (
-        rules.collapsed,  # certain because everything is solved
-        {"lines": [*steps(10), *steps(30, entropy=0.019, pass_auto=0.99)[10:]]},
-        {"lines": [*steps(10), *steps(30, entropy=0.019, pass_auto=0.97)[10:]]},
+        rules.collapsed,  # certain because nearly everything is solved
+        {"lines": [*steps(10), *steps(30, entropy=0.019, pass_auto=0.81)[10:]]},
+        {"lines": [*steps(10), *steps(30, entropy=0.019, pass_auto=0.8)[10:]]},
         "0.500 at the beginning",
     ),
     (rules.no_signal, {"lines": steps(pass_auto=0.97)}, {"lines": steps(pass_auto=0.98)}, "harder problems"),
