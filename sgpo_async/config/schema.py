@@ -119,12 +119,7 @@ class Tasks:
     reward_memory_mb: int = 2048  # limit of each of these processes; a completion that needs more has reward 0; 0: none
 
     def __post_init__(self) -> None:
-        require(
-            self.source != "file" or bool(self.path),
-            "tasks.path",
-            "must name the problems when tasks.source=file",
-            self.path,
-        )
+        self._check_file()
         require(self.held_out >= 1, "tasks.held_out", "must be >= 1", self.held_out)
         require(self.reward_workers >= 1, "tasks.reward_workers", "must be >= 1", self.reward_workers)
         require(self.reward_limit_s > 0, "tasks.reward_limit_s", "must be > 0", self.reward_limit_s)
@@ -168,6 +163,17 @@ class Tasks:
         """Those of these settings that differ from their defaults."""
         defaults = {item.name: {} if item.default is MISSING else item.default for item in fields(self)}
         return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    def _check_file(self) -> None:
+        require(
+            self.source != "file" or bool(self.path),
+            "tasks.path",
+            "must name the problems when tasks.source=file",
+            self.path,
+        )
+        of_file = self.changed("path", "dataset_config", "split", "columns", "answer_after")
+        for key, value in of_file.items() if self.source != "file" else ():
+            require(False, f"tasks.{key}", f"is for tasks.source=file only, which is {self.source} here", value)
 
     def _check_reward(self) -> None:
         reward = self.reward

@@ -45,9 +45,9 @@ def test_keys_of_one_process_are_its_own(private: str) -> None:
 
 @pytest.mark.parametrize("key", ["model.path", "tasks.path"])
 def test_a_file_may_be_elsewhere_on_another_machine(key: str) -> None:
-    there, here = f"{key}=/there/file", f"{key}=/here/file"
-    assert agree(hub=(*HUB, there)) == load("", (*HUB, there))
-    assert agree(here, hub=(*HUB, there)) == load("", (*HUB, here))
+    there, here = ((*HUB, "tasks={source: file, path: x}", f"{key}=/{place}/file") for place in ("there", "here"))
+    assert agree(hub=there) == load("", there)
+    assert agree(*here, hub=there) == load("", here)
 
 
 def test_every_difference_is_named_in_one_line() -> None:

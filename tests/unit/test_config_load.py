@@ -262,7 +262,9 @@ def test_a_value_has_the_type_of_its_field(tmp_path: Path, name: str) -> None:
     ["007", "no", "on", "1.10", "12:30", "1_000", "0x10", "null", "1e5", "a: b", "a #b", "[x", "{", "*", " a", "Ä"],
 )
 def test_a_text_on_the_command_line_stays_as_typed(empty: Path, text: str) -> None:
-    run = load(empty, [f"name={text}", f"tasks.path={text}", f"evaluation.benchmarks.a.path={text}"])
+    run = load(
+        empty, [f"name={text}", "tasks.source=file", f"tasks.path={text}", f"evaluation.benchmarks.a.path={text}"]
+    )
     assert (run.name, run.tasks.path, run.evaluation.benchmarks["a"].path) == (text, text, text)
     assert load(empty, [f"engine.sglang.args={text!r}"]).engine.sglang.args == text  # quotes of YAML are dropped
     assert load(empty, [f"engine.sglang.args='{text}' b"]).engine.sglang.args == f"'{text}' b"
@@ -271,13 +273,16 @@ def test_a_text_on_the_command_line_stays_as_typed(empty: Path, text: str) -> No
 @pytest.mark.parametrize("text", ["007", "no", "1.10", "12:30", "1_000", "0x10", "2026-07-01"])
 def test_a_text_in_a_file_stays_as_typed(tmp_path: Path, text: str) -> None:
     benchmarks = f"evaluation: {{benchmarks: {{a: {{path: {text}}}}}}}"
-    run = load(_write(tmp_path, f"name: {text}\ntasks:\n  path: {text}\n{benchmarks}\n"), ["tasks={held_out: 7}"])
+    run = load(
+        _write(tmp_path, f"name: {text}\ntasks:\n  source: file\n  path: {text}\n{benchmarks}\n"),
+        ["tasks={held_out: 7}"],
+    )
     assert (run.name, run.tasks.path, run.evaluation.benchmarks["a"].path) == (text, text, text)
     assert load(_write(tmp_path, to_yaml(run))) == run
-    assert load(_write(tmp_path, ""), [f"tasks={{path: {text}}}"]).tasks.path == text
+    assert load(_write(tmp_path, ""), [f"tasks={{source: file, path: {text}}}"]).tasks.path == text
     for override in (f"tasks.columns={{answer: {text}}}", f"tasks.columns.answer={text}"):
-        assert load("", [override]).tasks.columns == {"answer": text}
-    assert load("", ["tasks.answer_after=####"]).tasks.answer_after == "####"
+        assert load("", ["tasks={source: file, path: x}", override]).tasks.columns == {"answer": text}
+    assert load("", ["tasks={source: file, path: x}", "tasks.answer_after=####"]).tasks.answer_after == "####"
 
 
 def test_a_whole_number_with_zeros_before_it_is_decimal(tmp_path: Path) -> None:
@@ -294,13 +299,13 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
         tmp_path, "out: ~/x y/out\nevaluation: {benchmarks: {a: {path: ~/x y/evaluation.benchmarks.a.path}}}\n"
     )
     for run in (
-        load("", [f"{key}=~/x y/{key}" for key in keys]),
-        load(path, [f"{key}=~/x y/{key}" for key in keys[1:-1]]),
+        load("", ["tasks.source=file", *(f"{key}=~/x y/{key}" for key in keys)]),
+        load(path, ["tasks.source=file", *(f"{key}=~/x y/{key}" for key in keys[1:-1])]),
     ):
         plain = dict(by_key_path(to_plain(run)))
         assert {key: plain[key] for key in keys} == {key: f"/home/me/x y/{key}" for key in keys}
-    assert load(_write(tmp_path, ""), ["out=~", "name=~", "tasks.path=a/~/b"]).out == "/home/me"
-    assert load(_write(tmp_path, ""), ["name=~", "tasks.path=a/~/b"]).tasks.path == "a/~/b"
+    assert load(_write(tmp_path, ""), ["out=~", "name=~"]).out == "/home/me"
+    assert load(_write(tmp_path, ""), ["name=~", "tasks.source=file", "tasks.path=a/~/b"]).tasks.path == "a/~/b"
     assert load(_write(tmp_path, ""), ["name=~"]).name == "~"  # is not a path
 
 
@@ -328,7 +333,9 @@ def test_an_existing_file_is_a_file_although_its_name_has_an_equals_sign(tmp_pat
         assert config_arguments(arguments, "a=b") == [str(file), str(file), "seed=5", "a=b"]
     with pytest.raises(ConfigError, match=r"unknown key .*steps"):
         load("", [str(tmp_path / "steps=8")])
-    assert load("", [f"tasks.path={'x' * 5000}"]).tasks.path == "x" * 5000  # too long for a file's name
+    assert (
+        load("", ["tasks.source=file", f"tasks.path={'x' * 5000}"]).tasks.path == "x" * 5000
+    )  # too long for a file's name
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])

@@ -213,6 +213,10 @@ def test_an_error_in_a_template_names_it_during_a_run_too() -> None:
         (["tasks.system=x"], "tasks.system is for tasks.prompt=chat only, got 'x'"),
         (["tasks.prompt=my:f", "tasks.template_args={a: 1}"], "tasks.template_args is for tasks.prompt=chat only"),
         (["tasks.strategy_place=system"], "tasks.strategy_place is for tasks.prompt=chat only"),
+        (["tasks.path=a.jsonl"], "tasks.path is for tasks.source=file only, which is cues here, got 'a.jsonl'"),
+        (["tasks.source=chains", "tasks.columns={answer: x}"], "tasks.columns is for tasks.source=file only, which is"),
+        (["tasks.split=test"], "tasks.split is for tasks.source=file only"),
+        (["tasks.answer_after=x"], "tasks.answer_after is for tasks.source=file only"),
         (["tasks.prompt=my:f", "tasks.suffix=x"], "tasks.suffix must be empty with tasks.prompt=MODULE:FUNCTION"),
     ],
 )

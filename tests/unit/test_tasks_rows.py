@@ -294,7 +294,7 @@ def test_settings_of_datasets_are_refused_for_files(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="tasks.columns must map only problem, answer, strategy, response, got 'ansr'"
     ):
-        Tasks(columns={"ansr": "answer"})
+        Tasks(source="file", path="a.jsonl", columns={"ansr": "answer"})
 
 
 @pytest.fixture
