@@ -95,6 +95,11 @@ def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     return ", ".join([preflight.problems(run, source_of(run)), *benchmarks])
 
 
+def strategies(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Look for answers in a sample of the strategies."""
+    return preflight.strategies(run, source_of(run))
+
+
 def prompts(run: Run, facts: ModelFacts) -> str:
     """Check that prompts can be built, and that completions fit after them."""
     return preflight.prompts(run, source_of(run), load_tokenizer(facts.folder), facts.longest)
@@ -236,6 +241,7 @@ MACHINE: Mapping[str, Check] = {
     "model": model,
     "tokenizer": tokenizer,
     "problems": problems,
+    "strategies": strategies,
     "prompts": prompts,
     "rewards": rewards,
     "hub": hub,
@@ -249,7 +255,7 @@ MACHINE: Mapping[str, Check] = {
     "sglang": sglang_python,
     "weights folder": weights_folder,
 }
-NEEDED = {"prompts": "problems", "rewards": "problems"}  # not checked where the other check has failed
+NEEDED = dict.fromkeys(("strategies", "prompts", "rewards"), "problems")  # not checked where the other check has failed
 REMEDIES = dict.fromkeys(MACHINE, "correct the configuration") | {
     "model": "use a supported architecture, or engine.kind=embedded",
     "tokenizer": "add the tokenizer's files to model.path",

@@ -1,6 +1,7 @@
 """What a run would find out late: its strategies, its prompts, its rewards, its memory; checked before it starts.
 
     source ─┬─ problems: how many, with strategies, with responses
+            ├─ strategies: whether many of a sample contain the answer
             ├─ prompts: built for a sample and the longest problems, and compared with the model's positions
             └─ rewards: a function or an environment of the user, tried on a few problems
     model's files ─── memory of weights, gradients, optimiser and teacher
@@ -31,6 +32,7 @@ from sgpo_async.weights.store_file import available_memory
 SAMPLE = 256  # problems whose prompts are built, and ...
 LONGEST = 64  # ... so many of the longest ones
 FEW = 0.5  # of all problems: fewer with strategies are said
+LEAKY = 0.1  # of a sample of the strategies: more that leak are said; the check rejects in doubt, so some always may
 TRAINED = 8  # bytes per parameter: weights and gradients, in float32
 GPU = Path("/dev/nvidia0")
 
@@ -45,7 +47,7 @@ def preflight(run: Run, *, light: bool = False) -> list[str]:
     """
     source, folder = source_of(run), model_folder(run.model.path)
     tokenizer: Any = plain_tokenizer(folder) if run.tasks.prompt == "plain" else None
-    checks: list[Callable[[], str]] = [lambda: problems(run, source)]
+    checks: list[Callable[[], str]] = [lambda: problems(run, source), lambda: strategies(run, source)]
     if not light:
         checks.append(lambda: training_memory(run, stored_parameters(run.model.path), gpu_bytes=None))
     if has_own_code(run.tasks) and MARK not in os.environ:  # else the parent process has checked them
@@ -72,6 +74,23 @@ def problems(run: Run, source: ListedSource) -> str:
         remedy = f"the others train without {without}; sgpo-async strategies extract makes strategies from responses"
         raise CheckWarning(found, remedy)
     return found
+
+
+def strategies(run: Run, source: ListedSource) -> str:
+    """Look for leaks in a sample of the strategies. Raises CheckWarning if more than LEAKY of it leak."""
+    if run.tasks.source != "file" or run.tasks.context != "strategy" or not run.needs_strategies:
+        return "not used, or of a built-in domain"
+    from sgpo_async.strategies import check  # here, because it brings an HTTP client
+
+    training = source.training_problems()
+    sample = [one for one in training[:: max(1, len(training) // SAMPLE)] if one.strategy is not None]
+    found = list(check(sample))
+    text = f"{len(found):,} of {len(sample):,} contain the answer, or a number that only the response has"
+    if len(found) <= LEAKY * len(sample):
+        return text
+    place, leak = found[0]
+    remedy = f"`sgpo-async strategies check {run.tasks.path}` names them all"
+    raise CheckWarning(f"strategies: {text}, e.g. {place}: {leak}; a policy learns to rely on what it is shown", remedy)
 
 
 def prompts(run: Run, source: ListedSource, tokenizer: Any, longest: int | None) -> str:

@@ -123,8 +123,10 @@ def _check(args: argparse.Namespace) -> int:
     found = list(check(problems))
     for place, leak in found:
         print(f"{place}: {leak}")
-    with_strategy = sum(problem.strategy is not None for problem in problems)
-    print(f"{len(problems):,} problems, {with_strategy:,} with a strategy, {len(found):,} of which leak")
+    checked = [problem for problem in problems if problem.strategy is not None]
+    print(f"{len(problems):,} problems, {len(checked):,} with a strategy, {len(found):,} of which leak")
+    if without := sum(problem.response is None for problem in checked):
+        print(f"{without:,} have no response: only the answer was looked for in their strategies")
     return LEAKS if found else 0
 
 

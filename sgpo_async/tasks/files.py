@@ -76,7 +76,10 @@ def read_split(rows: Sequence[Row], path: str, *, held_out: int, form: Form = OW
     rank = {number: rank for rank, number in enumerate(order[:held_out])}
     training = array("I", (index for index, number in enumerate(numbers) if number not in rank))
     if not training:
-        raise DataError(f"{path}: {count} distinct problems leave none for training with tasks.held_out={held_out}")
+        remedy = f"set tasks.held_out below {count}" if count > 1 else "add problems"
+        raise DataError(
+            f"{path}: {count} distinct problems leave none for training with tasks.held_out={held_out}; {remedy}"
+        )
     held = sorted((index for index, number in enumerate(numbers) if number in rank), key=lambda i: rank[numbers[i]])
     return Split(
         Problems(rows, form, training),

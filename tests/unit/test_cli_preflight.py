@@ -83,6 +83,24 @@ def test_few_strategies_are_said(tmp_path: Path, few: int) -> None:
     assert preflight(settings(tmp_path, rows, "algorithm.objective=grpo")) == []
 
 
+# ---- strategies
+
+
+@pytest.mark.parametrize(
+    ("leaky", "words", "told"),
+    [(2, [], False), (12, [], True), (12, ["tasks.context=answer"], False), (12, ["algorithm.objective=grpo"], False)],
+)
+def test_strategies_that_contain_the_answer_are_said(tmp_path: Path, leaky: int, words: list[str], told: bool) -> None:
+    rows = [problem(n + 40, strategy=f"it is {43 + n}" if n < leaky else "add the two") for n in range(22)]
+    run = settings(tmp_path, rows, *words)
+    count = sum("it is" in str(one.strategy) for one in source_of(run).training_problems())
+    notes = [note for note in preflight(run) if note.startswith("strategies: ")]
+    assert len(notes) == told
+    for note in notes:
+        assert f"{count} of 20 contain the answer" in note and "problems.jsonl:" in note
+        assert f"`sgpo-async strategies check {run.tasks.path}`" in note
+
+
 # ---- prompts
 
 
