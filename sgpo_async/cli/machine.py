@@ -89,6 +89,11 @@ def tokenizer(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     return f"{tokenizer_fingerprint(loaded)}, ids to {largest} of {facts.vocabulary} tokens"
 
 
+def learning_rate(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
+    """Check that the warm-up ends before the run."""
+    return preflight.learning_rate(run)
+
+
 def problems(run: Run, facts: ModelFacts) -> str:  # noqa: ARG001
     """Check that the problems of run and benchmarks can be read, and have what the objective needs."""
     benchmarks = [f"{one.name} {len(one.problems)}" for one in open_benchmarks(run.evaluation)]
@@ -240,6 +245,7 @@ def weights_folder(run: Run, facts: ModelFacts) -> str:
 MACHINE: Mapping[str, Check] = {
     "model": model,
     "tokenizer": tokenizer,
+    "learning rate": learning_rate,
     "problems": problems,
     "strategies": strategies,
     "prompts": prompts,

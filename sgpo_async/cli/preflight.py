@@ -4,6 +4,7 @@
             ├─ strategies: whether many of a sample contain the answer
             ├─ prompts: built for a sample and the longest problems, and compared with the model's positions
             └─ rewards: a function or an environment of the user, tried on a few problems
+    steps of the run ─── learning rate: whether its warm-up ends
     model's files ─── memory of weights, gradients, optimiser and teacher
 
 Each check returns what it found, and raises CheckFailed, or CheckWarning for what the user should know. They need no
@@ -47,7 +48,11 @@ def preflight(run: Run, *, light: bool = False) -> list[str]:
     """
     source, folder = source_of(run), model_folder(run.model.path)
     tokenizer: Any = plain_tokenizer(folder) if run.tasks.prompt == "plain" else None
-    checks: list[Callable[[], str]] = [lambda: problems(run, source), lambda: strategies(run, source)]
+    checks: list[Callable[[], str]] = [
+        lambda: learning_rate(run),
+        lambda: problems(run, source),
+        lambda: strategies(run, source),
+    ]
     if not light:
         checks.append(lambda: training_memory(run, stored_parameters(run.model.path), gpu_bytes=None))
     if has_own_code(run.tasks) and MARK not in os.environ:  # else the parent process has checked them
@@ -61,6 +66,18 @@ def preflight(run: Run, *, light: bool = False) -> list[str]:
         except CheckWarning as warning:
             notes.append(str(warning))
     return notes
+
+
+def learning_rate(run: Run) -> str:
+    """Raises CheckWarning if the run ends before the learning rate reaches optim.lr."""
+    warm_up, rate = run.optim.warmup_steps, run.optim.lr
+    if run.steps >= warm_up:
+        return f"{rate:g} after {warm_up:,} of {run.steps:,} steps" if warm_up else f"{rate:g} from the first step"
+    raise CheckWarning(
+        f"optim.warmup_steps is {warm_up:,}, and the run has {run.steps:,} steps: the learning rate does not reach "
+        f"optim.lr={rate:g}",
+        "lower optim.warmup_steps",
+    )
 
 
 def problems(run: Run, source: ListedSource) -> str:

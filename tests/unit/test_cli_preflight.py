@@ -11,7 +11,7 @@ import pytest
 
 from sgpo_async.cli import preflight as module
 from sgpo_async.cli.main import main
-from sgpo_async.cli.preflight import preflight, problems, prompts, training_memory
+from sgpo_async.cli.preflight import learning_rate, preflight, problems, prompts, training_memory
 from sgpo_async.config import Run, load
 from sgpo_async.errors import CheckFailed, DataError, SgpoError
 from sgpo_async.model.folder import load_tokenizer, longest_sequence, model_folder, plain_tokenizer
@@ -81,6 +81,19 @@ def test_few_strategies_are_said(tmp_path: Path, few: int) -> None:
     (note,) = preflight(run)
     assert f"10 problems, {count} with strategies" in note and "train without distillation" in note
     assert preflight(settings(tmp_path, rows, "algorithm.objective=grpo")) == []
+
+
+# ---- learning rate
+
+
+@pytest.mark.parametrize(("steps", "told"), [(9, True), (10, False)])
+def test_a_run_that_ends_before_its_warm_up_is_said(tmp_path: Path, steps: int, told: bool) -> None:
+    run = settings(tmp_path, GUIDED, f"steps={steps}", "optim.warmup_steps=10", "optim.lr=3e-4")
+    notes = [note for note in preflight(run, light=True) if "warmup" in note]
+    text = "optim.warmup_steps is 10, and the run has 9 steps: the learning rate does not reach optim.lr=0.0003"
+    assert notes == [f"{text}; lower optim.warmup_steps"] * told
+    if not told:
+        assert learning_rate(run) == "0.0003 after 10 of 10 steps"
 
 
 # ---- strategies

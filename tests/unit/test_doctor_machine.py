@@ -166,7 +166,7 @@ def test_problems_that_cannot_be_used_are_named(
     assert main(["doctor", str(ROOT / "configs/demo.yaml"), *overrides]) == 2
     printed = capsys.readouterr().out
     assert "failed: problems: correct the file" in printed and printed.endswith("\n1 failed\n"), printed
-    assert printed.count("correct problems first") == 2, "prompts and rewards"
+    assert printed.count("correct problems first") == 3, "strategies, prompts, rewards"
 
 
 def test_the_table_fits_80_columns() -> None:

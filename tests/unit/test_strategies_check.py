@@ -21,7 +21,7 @@ def test_a_strategy_without_a_response_is_checked_for_the_answer(
     library.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["strategies", "check", str(library)]) == 1
     assert capsys.readouterr().out == (
-        f"{library}:1: the answer's number 7\n"
+        f"{library}:1: the answer's number 7; the answer '7'\n"
         f"{library}:3: the response's number 5\n"
         "4 problems, 3 with a strategy, 2 of which leak\n"
         "2 have no response: only the answer was looked for in their strategies\n"
