@@ -113,7 +113,7 @@ def _alarm(name: str, text: str) -> str:
 
 
 def _advice(what: str, remedy: str) -> str:
-    return f'<p class="alarm advice"><b>{escape(what)}</b> {with_code(remedy)}</p>'
+    return f'<p class="alarm advice"><b>{escape(what)}:</b> {with_code(remedy)}</p>'
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

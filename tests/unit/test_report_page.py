@@ -98,9 +98,9 @@ def test_warnings_are_at_the_top_with_their_commands_as_code(tmp_path: Path) -> 
     text, _ = page_of(tmp_path)
     top = text[: text.index('<div class="tiles">')]
     assert top.count('<p class="alarm advice">') == 2
-    assert "<b>Strategies do not help</b> pass rate 20.0 % with strategies, 30.0 % alone; " in top
+    assert "<b>Strategies do not help:</b> pass rate 20.0 % with strategies, 30.0 % alone; " in top
     assert "<code>sgpo-async samples RUN</code>" in top and "tasks.context (now response)" in top
-    assert "<b>Rollouts are dropped as stale</b>" in top
+    assert "<b>Rollouts are dropped as stale:</b>" in top
 
 
 def test_benchmarks_have_a_chart_and_final_metrics(tmp_path: Path) -> None:
