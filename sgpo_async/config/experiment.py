@@ -55,11 +55,8 @@ MEASURED = (  # the metrics of a step whose means the points of a curve have
     "reward_auto",
     "length_auto",
 )
-MEASURED_BY_NAME = (
-    "patterns",
-    "quotes",
-    "kl_classes",
-)  # metrics that are objects: the points have each entry, as KEY/NAME
+# Metrics that are objects: the points have each entry, as KEY/NAME.
+MEASURED_BY_NAME = ("patterns", "quotes", "kl_classes")
 DRAWN = ("guided", *MEASURED)  # what a figure of the kind metric can show, beside entries of MEASURED_BY_NAME
 RECIPE = "from"  # in a method: a configuration whose keys it begins with
 MOST_CURVES = 12  # in one figure: as many as can be told apart by colour and dashes
