@@ -43,15 +43,25 @@ def policy(lora: int = 0) -> Policy:
 
 
 def published(trained: Policy, path: str) -> dict[str, Any]:
-    """Publish VERSIONS versions, each of other values."""
+    """Publish VERSIONS versions, each of other values.
+
+    What they should be is gathered before the first is published: later, the faulty rank may be gone.
+    """
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    expected, values, error = [], [], ""
+    for version in range(VERSIONS):
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.add_(0.01 * (version + 1) * (number + 1))
+        expected.append(gather_trained(trained, DTYPE))
+        values.append([parameter.detach().clone() for parameter in parameters])
     store = StoreWriter(path) if dist.get_rank() == 0 else None
     dist.barrier()  # ROUND_S may be shorter than it takes a busy machine to make the policy
     publisher = Publisher(trained, DTYPE, store=store, published=lambda *_: None)
-    expected, error = [], ""
     for version in range(VERSIONS):
         with torch.no_grad():
-            for number, parameter in enumerate(p for p in trained.parameters() if p.requires_grad):
-                parameter.add_(0.01 * (version + 1) * (number + 1))
+            for parameter, value in zip(parameters, values[version], strict=True):
+                parameter.copy_(value)
         try:
             publisher.publish(version)
             if version == VERSIONS - 1:
@@ -59,7 +69,6 @@ def published(trained: Policy, path: str) -> dict[str, Any]:
         except SgpoError as failure:
             error = str(failure)
             break
-        expected.append(gather_trained(trained, DTYPE))
     return {"expected": expected, "error": error, "senders": publisher._group._senders}
 
 
