@@ -69,7 +69,7 @@ def preflight(run: Run, *, light: bool = False) -> list[str]:
 
 
 def learning_rate(run: Run) -> str:
-    """Raises CheckWarning if the run ends before the learning rate reaches optim.lr."""
+    """Say when the learning rate reaches optim.lr. Raises CheckWarning if the run ends before."""
     warm_up, rate = run.optim.warmup_steps, run.optim.lr
     if run.steps >= warm_up:
         return f"{rate:g} after {warm_up:,} of {run.steps:,} steps" if warm_up else f"{rate:g} from the first step"
